@@ -1,0 +1,971 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.6",
+#     "open_clip_torch>=3.3,<4",
+#     "gymnasium[mujoco]>=1.2,<2",
+#     "tyro>=0.9",
+#     "tensorboard>=2.18",
+#     "numpy>=2.0",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.9",
+#     "imageio>=2.36",
+#     "imageio-ffmpeg>=0.5",
+# ]
+# ///
+"""Teach the MuJoCo humanoid a pose with one sentence: a vision-language model is the reward, SAC the learner.
+
+Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024.
+
+    python sac_vlmrm.py --prompt "a humanoid robot kneeling"                # 2 CPU cores, offline, with the shipped tiny CLIP
+    python sac_vlmrm.py paper --prompt "a humanoid robot kneeling"          # the paper's set-up: ViT-bigG-14, 10M steps, a GPU
+    python sac_vlmrm.py --clip-model ViT-B-32/laion2b_s34b_b79k --prompt "a humanoid robot doing the splits"
+    python sac_vlmrm.py --evaluate runs/RUN_NAME                            # 100 episodes, success rate, video
+    python sac_vlmrm.py --resume runs/RUN_NAME                              # go on after a crash or Ctrl-C
+
+The default reward model, tiny_clip/, was trained on pictures of this very simulator. It shows the method at work on
+a laptop; it is not a zero-shot model. Any model that open_clip loads can take its place (--clip-model).
+
+A round of the main loop (Algorithm 1 of the paper):
+    collect  one whole episode in every environment, frames kept aside
+    score    embed all frames with CLIP in batches, compute the goal-baseline reward, write it into the replay buffer
+    learn    gradient steps on the relabelled buffer
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch  # before anything makes an EGL renderer: the other order segfaults when torchvision is imported
+
+import gymnasium as gym
+import imageio.v3 as iio
+import mujoco
+import numpy as np
+import open_clip
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.envs.mujoco.humanoid_v5 import DEFAULT_CAMERA_CONFIG, HumanoidEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
+
+
+@dataclass
+class Args:
+    # what to learn
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """what the robot should do, e.g. "a humanoid robot kneeling"; given several times, the embeddings are averaged"""
+    baseline_prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """what it looks like anyway (used when --clip-alpha > 0); "a humanoid robot" if not given"""
+    clip_alpha: float = 0.0
+    """strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1"""
+    clip_model: str = "local-dir:tiny_clip"
+    """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
+    reward_batch_size: int = 400
+    """frames per forward pass of the image tower"""
+    reward: Literal["vlm", "ground-truth"] = "vlm"
+    """ground-truth trains on Gymnasium's own Humanoid reward, which pays for running: a reference for the learner"""
+    task: str = ""
+    """whose success criterion to report (see TASKS); recognised from the prompt if not given, never seen by the learner"""
+
+    # the picture
+    textures: Literal["modified", "original"] = "modified"
+    """modified: realistic sky, floor and robot (paper, Fig. 3)"""
+    camera: Literal["modified", "original"] = "modified"
+    """modified: fixed, in front of the robot, slightly angled down (paper, Fig. 3)"""
+    shadows: bool = False
+    """cast shadows; costs a factor of 3 to 5 on a software renderer"""
+    image_size: int = 0
+    """rendered height and width in pixels; 0: the size the VLM takes"""
+
+    # the run
+    seed: int = 1
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    run_name: str = ""
+    """folder below runs/; made from task, seed and time if not given"""
+    track: bool = False
+    """also log to Weights & Biases (needs wandb)"""
+    wandb_project_name: str = "vlmrm"
+    resume: str = ""
+    """run folder to go on with; takes its flags, only --total-timesteps may be raised"""
+    evaluate: str = ""
+    """run folder whose best policy to evaluate"""
+    eval_episodes: int = 100
+    """episodes of the final evaluation"""
+    eval_frequency: int = 8000
+    """steps between checkpoints, each with a short evaluation of the mean action that decides the best policy"""
+    select_episodes: int = 8
+    """episodes of that short evaluation"""
+
+    # SAC
+    total_timesteps: int = 100_000
+    num_envs: int = 4
+    learning_starts: int = 5000
+    """steps with time-correlated random actions before the first gradient step"""
+    gradient_steps: int = 200
+    """updates per round (one episode of every environment)"""
+    buffer_size: int = 200_000
+    batch_size: int = 256
+    gamma: float = 0.95
+    tau: float = 0.005
+    policy_lr: float = 6e-4
+    q_lr: float = 6e-4
+    policy_frequency: int = 1
+    """critic updates per actor update"""
+    target_entropy: float = -17.0
+    """of the automatic entropy coefficient; the number of actions is 17"""
+    standardize: bool = True
+    """scale observations and rewards to mean 0, deviation 1 over the random warm-up steps"""
+    layer_norm: bool = True
+    """LayerNorm in the critics"""
+    compile: bool = False
+    """torch.compile the update steps (needs a C++ compiler on CPU)"""
+
+
+# The paper's set-up (its appendix C), chosen by the word `paper` as the first argument. Four GPUs with 8 environments
+# each became one process with 32.
+PAPER = Args(
+    clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
+    total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
+    batch_size=512, eval_frequency=128_000, standardize=False, layer_norm=False,
+)  # fmt: skip
+
+
+def check(ok, message):
+    """End the program with one clear line if a user's input is not usable."""
+    if not ok:
+        raise SystemExit(f"error: {message}")
+
+
+# ENVIRONMENT: what the camera sees
+def noise_texture(rng, size, octaves, falloff=1.0):
+    """Smooth, tileable value noise in [0, 1], (size, size): random grids of growing resolution, added up."""
+    total = np.zeros((size, size))
+    for cells in octaves:
+        grid = np.pad(rng.random((cells, cells)), ((0, 1), (0, 1)), mode="wrap")
+        x = np.linspace(0, cells, size, endpoint=False)
+        i, f = x.astype(int), x % 1
+        f = f * f * (3 - 2 * f)
+        rows = grid[i] * (1 - f)[:, None] + grid[i + 1] * f[:, None]
+        total += (rows[:, i] * (1 - f) + rows[:, i + 1] * f) / cells**falloff
+    return total / sum(1 / cells**falloff for cells in octaves)
+
+
+def modify_textures(spec):
+    """Give Gymnasium's humanoid a sky, a wooden floor and a robot's shell. Colours only: the bodies stay as they are."""
+    rng = np.random.default_rng(0)
+    for item in [*spec.textures, *spec.materials]:
+        spec.delete(item)
+    spec.add_texture(
+        name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
+        rgb1=[0.35, 0.55, 0.85], rgb2=[0.85, 0.90, 0.95], width=128, height=128,
+    )  # fmt: skip
+    size, planks = 256, 8
+    height = size // planks
+    grain = noise_texture(rng, size, (32, 64, 128), 0.5)[:, np.arange(size) // 16]  # stretched along the plank
+    wood = np.repeat(rng.uniform(0.85, 1.1, planks), height)[:, None] * (0.8 + 0.35 * grain)
+    wood[::height] *= 0.55  # the gaps between planks, and the two ends of each
+    for row, end in enumerate(rng.integers(0, size, planks)):
+        wood[row * height : (row + 1) * height, end] *= 0.6
+    wood = np.clip(wood[..., None] * [168, 122, 82], 0, 255).astype(np.uint8)
+    texture = spec.add_texture(name="wood", type=mujoco.mjtTexture.mjTEXTURE_2D, width=size, height=size, nchannel=3)
+    texture.data = wood.tobytes()
+    floor = spec.add_material(name="floor", texrepeat=[0.5, 0.5], texuniform=True)
+    floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "wood"
+    shell, joint, face, grip = [0.92, 0.93, 0.95, 1], [0.22, 0.24, 0.28, 1], [0.15, 0.35, 0.65, 1], [0.95, 0.55, 0.15, 1]
+    spec.add_material(name="metal", specular=0.4, shininess=0.6)
+    for geom in spec.geoms:
+        name = geom.name
+        geom.material, geom.rgba = ("floor", [1, 1, 1, 1]) if name == "floor" else ("metal", joint)
+        if name in ("torso1", "butt") or "thigh" in name or "uarm" in name:
+            geom.rgba = shell
+        elif name == "head":
+            geom.rgba = face
+        elif "hand" in name or "foot" in name:
+            geom.rgba = grip
+    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.35] * 3, [0.25] * 3
+    sun = spec.lights[0]
+    sun.dir, sun.pos, sun.diffuse = [-0.4, 0.3, -1], [1, -1, 4], [0.7] * 3
+
+
+MODIFIED_CAMERA = {"type": mujoco.mjtCamera.mjCAMERA_FREE, "trackbodyid": -1, "distance": 3.5,
+                   "lookat": np.array([0.0, 0.0, 1.0]), "elevation": -10.0, "azimuth": 180.0}  # fmt: skip
+
+
+class VLMHumanoid(HumanoidEnv):
+    """Gymnasium's Humanoid-v5 as the paper uses it: modified look, fixed camera, no early termination.
+
+    Observation: qpos (24) and qvel (23), x and y included because the fixed camera makes the reward depend on them.
+    `info["success"]` says whether the robot is in the task's goal state; the learner never sees it.
+    """
+
+    def __init__(self, image_size, textures="modified", camera="modified", shadows=False, task=""):
+        self.textures, self.shadows, self.in_goal_state = textures, shadows, TASKS.get(task)
+        super().__init__(
+            render_mode="rgb_array", width=image_size, height=image_size, terminate_when_unhealthy=False,
+            default_camera_config=MODIFIED_CAMERA if camera == "modified" else DEFAULT_CAMERA_CONFIG,
+            exclude_current_positions_from_observation=False, include_cinert_in_observation=False,
+            include_cvel_in_observation=False, include_qfrc_actuator_in_observation=False,
+            include_cfrc_ext_in_observation=False,
+        )  # fmt: skip
+
+    def _initialize_simulation(self):
+        spec = mujoco.MjSpec.from_file(self.fullpath)
+        if self.textures == "modified":
+            modify_textures(spec)
+        spec.geom("floor").size[2] = 5  # spacing of the drawn grid: 0.125 means tens of thousands of lit quads
+        spec.visual.quality.offsamples = 0  # 4x MSAA is wasted on a frame that CLIP blurs anyway
+        spec.visual.quality.shadowsize = 1024 if self.shadows else 0
+        for light in spec.lights:
+            light.castshadow = self.shadows
+        for material in spec.materials:
+            material.reflectance = 0
+        model = spec.compile()
+        model.vis.global_.offwidth = model.vis.global_.offheight = self.width
+        return model, mujoco.MjData(model)
+
+    def step(self, action):
+        obs, reward, _, _, _ = super().step(action)
+        mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves the body positions one substep behind qpos
+        success = self.in_goal_state is not None and bool(self.in_goal_state(self.data))
+        return obs, float(reward), False, False, {"success": success}
+
+    def render_state(self, qpos):
+        """Frame (H, W, 3) uint8 of the robot at rest in qpos (24,)."""
+        self.set_state(np.asarray(qpos, dtype=np.float64), np.zeros(self.model.nv))
+        return self.render()
+
+
+def make_env(*env_args):
+    def thunk():
+        if multiprocessing.parent_process():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+        env = gym.wrappers.TimeLimit(VLMHumanoid(*env_args), EPISODE_LENGTH)  # the time limit truncates, it never terminates
+        return gym.wrappers.AddRenderObservation(env, render_only=False)
+
+    return thunk
+
+
+# Success, decided by geometry (paper, Table 2). Heights and distances in metres. A body part touches the floor when its
+# lowest point is within 2 cm of it: contacts of a rigid robot chatter from step to step, clearances do not.
+TOUCH = 0.02
+RADIUS = {"foot": 0.075, "hand": 0.04, "shin": 0.049, "head": 0.09, "butt": 0.09}  # of the model's spheres and capsules
+
+
+def clearance(data, part, side=""):
+    """Height of the lowest point of a part above the floor. The knee is the upper end of the shin."""
+    if part == "knee":
+        return data.body(f"{side}_shin").xpos[2] - RADIUS["shin"]
+    geom = data.geom(f"{side}_{part}" if side else part)
+    half_length = 0.07 if part == "butt" else 0.0  # a capsule lying along its own z axis
+    return geom.xpos[2] - half_length * abs(geom.xmat[8]) - RADIUS[part]
+
+
+def touching(data, part):
+    """How many of the two feet, knees or hands touch the floor."""
+    return sum(clearance(data, part, side) < TOUCH for side in ("left", "right"))
+
+
+def upright(data):
+    """Cosine between the torso's axis and the vertical."""
+    return data.body("torso").xmat[8]
+
+
+def seen_from(data, body, part):
+    """Position of a hand, foot (geoms) or shin (its body: the knee) in a body's frame: x forward, y left, z up."""
+    position = data.body(part).xpos if part.endswith("shin") else data.geom(part).xpos
+    return data.body(body).xmat.reshape(3, 3).T @ (position - data.body(body).xpos)
+
+
+def is_kneeling(data):
+    """Both knees on the floor, torso within 37 degrees of upright, not sitting on the floor, not on all fours."""
+    return touching(data, "knee") == 2 and upright(data) > 0.8 and clearance(data, "butt") > 0.1 and not touching(data, "hand")
+
+
+def is_tall(data):
+    """On its legs: torso upright (37 degrees) and above 1.1 m (1.28 m with straight legs), knees off the floor."""
+    return upright(data) > 0.8 and data.body("torso").xpos[2] > 1.1 and not touching(data, "knee")
+
+
+def is_standing(data):
+    return is_tall(data) and touching(data, "foot") == 2
+
+
+def is_arms_raised(data):
+    """Standing, both hands above the centre of the head."""
+    head = data.geom("head").xpos[2]
+    return is_standing(data) and all(data.geom(f"{side}_hand").xpos[2] > head for side in ("left", "right"))
+
+
+def is_hands_on_hips(data):
+    """Standing, each hand within 12 cm of its side of the hips, where a hand would rest: beside and above the hip joint."""
+    return is_standing(data) and all(
+        np.linalg.norm(seen_from(data, "pelvis", f"{side}_hand") - [0, sign * 0.2, 0.08]) < 0.12
+        for side, sign in (("left", 1), ("right", -1))
+    )
+
+
+def is_arms_crossed(data):
+    """Standing, each hand at least 5 cm past the middle of the chest and in front of it (the joints allow 14 cm)."""
+    left, right = seen_from(data, "torso", "left_hand"), seen_from(data, "torso", "right_hand")
+    return is_standing(data) and left[1] < -0.05 and right[1] > 0.05 and min(left[0], right[0]) > 0.05 and max(abs(left[2]), abs(right[2])) < 0.25
+
+
+def is_on_one_leg(data):
+    """Tall, one foot on the floor, the other at least 10 cm above it."""
+    feet = sorted(clearance(data, "foot", side) for side in ("left", "right"))
+    return is_tall(data) and feet[0] < TOUCH and feet[1] > 0.1
+
+
+def is_side_splits(data):
+    """Seated with both feet on the floor, knees within 30 degrees of straight, thighs at least 90 degrees apart.
+
+    The hip joints end at about 120 degrees, so a textbook 180 is out of reach.
+    """
+    thighs = [data.body(f"{side}_shin").xpos - data.body(f"{side}_thigh").xpos for side in ("left", "right")]
+    cosine = thighs[0] @ thighs[1] / (np.linalg.norm(thighs[0]) * np.linalg.norm(thighs[1]))
+    straight = all(data.joint(f"{side}_knee").qpos[0] > np.radians(-30) for side in ("left", "right"))
+    return clearance(data, "butt") < 0.05 and touching(data, "foot") == 2 and straight and cosine < 0.0 and upright(data) > 0.5
+
+
+def is_lotus(data):
+    """Seated upright, knees low (12 cm) and wider than the feet by 10 cm on each side, feet drawn in.
+
+    The shin folds only in the thigh's plane, so crossed shins flat on the floor are out of reach.
+    """
+    knees = [seen_from(data, "pelvis", f"{side}_shin") for side in ("left", "right")]
+    feet = [seen_from(data, "pelvis", f"{side}_foot") for side in ("left", "right")]
+    drawn_in = all(abs(knee[1]) > abs(foot[1]) + 0.1 and np.linalg.norm(foot[:2]) < 0.4 for knee, foot in zip(knees, feet))
+    low = all(clearance(data, "knee", side) < 0.12 for side in ("left", "right"))
+    return clearance(data, "butt") < 0.05 and low and drawn_in and upright(data) > 0.8
+
+
+TASKS = {"kneeling": is_kneeling, "lotus": is_lotus, "standing": is_standing, "arms-raised": is_arms_raised, "splits": is_side_splits,
+         "hands-on-hips": is_hands_on_hips, "arms-crossed": is_arms_crossed, "one-leg": is_on_one_leg}  # fmt: skip
+TASK_PROMPTS = {  # Table 3 of the paper
+    "a humanoid robot kneeling": "kneeling",
+    "a humanoid robot seated down, meditating in the lotus position": "lotus",
+    "a humanoid robot standing up": "standing",
+    "a humanoid robot standing up, with both arms raised": "arms-raised",
+    "a humanoid robot practicing gymnastics, doing the side splits": "splits",
+    "a humanoid robot standing up with hands on hips": "hands-on-hips",
+    "a humanoid robot standing up, with its arms crossed": "arms-crossed",
+    "a humanoid robot standing up on one leg": "one-leg",
+}
+
+
+def pick_gl_backend():
+    """Set MUJOCO_GL to a backend that works on this machine, if the user did not, and say who draws."""
+    asked = os.environ.get("MUJOCO_GL")
+    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    probe = ("import mujoco; context = mujoco.GLContext(8, 8); context.make_current(); from OpenGL import GL;"
+             "print('renderer:', GL.glGetString(GL.GL_RENDERER).decode())")  # fmt: skip
+    for backend in [asked] if asked else ["egl", "osmesa"] if headless else ["glfw", "egl", "osmesa"]:
+        # in a process of its own: a failed import of one backend spoils the next, and a bad driver may crash
+        result = subprocess.run([sys.executable, "-c", probe], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True)
+        if result.returncode == 0 and "renderer:" in result.stdout:
+            os.environ["MUJOCO_GL"] = backend
+            renderer = result.stdout.split("renderer:")[1].strip()
+            software = any(word in renderer.lower() for word in ("llvmpipe", "softpipe", "swrast", "swiftshader"))
+            return f"{renderer} through {backend}" + (": a software rasteriser, a GPU would draw many times faster" if software else "")
+    check(not asked, f"MUJOCO_GL={asked} does not work on this machine; unset it to let the script choose, or try egl, osmesa or glfw")
+    check(False, "no OpenGL for offscreen rendering; on Debian or Ubuntu: apt-get install libegl1 (or libosmesa6 for CPUs without EGL)")
+
+
+# REWARD
+def load_clip(clip_model, device, precision):
+    """Model, image preprocessing and tokenizer of any model that open_clip can load, always with its trained weights.
+
+    `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER. Ends the program if it can't be loaded as it was trained.
+    """
+    name, pretrained, preprocess_cfg = clip_model, None, {}
+    if clip_model.startswith("local-dir:"):
+        folder = Path(clip_model.removeprefix("local-dir:")).expanduser()
+        if not folder.is_dir() and (HERE / folder).is_dir():
+            folder = HERE / folder
+        check((folder / "open_clip_config.json").is_file(), f"--clip-model {clip_model}: there is no open_clip_config.json in {folder}")
+        name = f"local-dir:{folder}"
+    elif not clip_model.startswith("hf-hub:"):
+        name, _, pretrained = clip_model.partition("/")
+        check(name in open_clip.list_models(), f"--clip-model {clip_model}: open_clip knows no model '{name}'; "
+              "give NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, where open_clip.list_pretrained() lists all NAME and TAG")  # fmt: skip
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        check(pretrained in tags or Path(pretrained).is_file(), f"--clip-model {clip_model}: '{pretrained}' is neither a file nor one of "
+              f"the weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
+        if pretrained in tags:
+            quick_gelu = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+            check(quick_gelu == open_clip.get_model_config(name).get("quick_gelu", False),
+                  f"--clip-model {clip_model}: these weights were trained with {'QuickGELU' if quick_gelu else 'GELU'}, the architecture is built "
+                  f"with the other; use {name.removesuffix('-quickgelu') + ('-quickgelu' if quick_gelu else '')}/{pretrained}")  # fmt: skip
+        elif tags:  # a file says nothing of how its pictures were normalised: ask the weights published for the architecture
+            keys = ("mean", "std", "interpolation", "resize_mode")
+            ways = [{k: open_clip.get_pretrained_cfg(name, tag).get(k) for k in keys} for tag in tags]
+            check(all(way == ways[0] for way in ways), f"--clip-model {clip_model}: the published weights of {name} normalise their pictures in "
+                  "different ways, and the file does not say which is its own; put it into a folder with an open_clip_config.json that does, and use local-dir:FOLDER")  # fmt: skip
+            preprocess_cfg = {k: v for k, v in ways[0].items() if v is not None}
+    try:
+        tokenizer = open_clip.get_tokenizer(name)
+    except ImportError as error:
+        raise SystemExit(f"error: --clip-model {clip_model}: its tokenizer needs another package (pip install transformers sentencepiece): {error}")
+    except Exception as error:
+        raise SystemExit(f"error: --clip-model {clip_model}: its tokenizer can't be loaded: {str(error).strip().splitlines()[0]}")
+    try:
+        model = open_clip.create_model(
+            name, pretrained=pretrained, precision=precision, device=device, force_preprocess_cfg=preprocess_cfg, require_pretrained=True
+        )
+    except Exception as error:  # whatever is wrong with a file or a download: torch, safetensors and the hub raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"error: --clip-model {clip_model} can't be loaded: {reason[:400]}")
+    preprocess = open_clip.image_transform_v2(open_clip.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
+    return model.eval().requires_grad_(False), preprocess, tokenizer
+
+
+class CLIPReward(nn.Module):
+    """Goal-baseline regularised CLIP reward (section 3.2 of the paper).
+
+    With the L2-normalised embeddings g of the goal, b of the baseline and s of the frame, and d = g - b:
+        P = alpha d d^T / |d|^2 + (1 - alpha) I            projects a share alpha onto the line through b and g
+        R(s) = 1 - |P (s - g)|^2 / 2                       = cos(g, s) for alpha = 0
+
+    Several prompts are averaged after normalisation, the mean is not normalised again.
+    """
+
+    def __init__(self, clip_model, goal_prompts, baseline_prompts=("a humanoid robot",), alpha=0.0, device="cpu", precision="fp32", batch_size=400):
+        super().__init__()
+        self.clip, self.preprocess, self.tokenizer = load_clip(clip_model, device, precision)
+        self.alpha, self.device, self.batch_size = alpha, device, batch_size
+        self.dtype = open_clip.get_input_dtype(precision) or torch.float32
+        size = self.clip.visual.image_size
+        self.image_size = size if isinstance(size, int) else size[0]
+        self.register_buffer("goal", self.embed_prompts(goal_prompts))  # (D,)
+        self.register_buffer("baseline", self.embed_prompts(baseline_prompts))  # (D,)
+        d = self.goal - self.baseline
+        check(alpha == 0 or d.norm() > 1e-6, "goal and baseline prompt mean the same to this model: there is no direction to project on; change one of them or use --clip-alpha 0")
+        self.register_buffer("direction", d / d.norm().clamp(min=1e-12))  # (D,)
+        for name, _ in [*self.clip.named_children(), *self.clip.named_parameters(recurse=False)]:
+            if name != "visual":  # the prompts are embedded, so the text tower has done its work
+                delattr(self.clip, name)
+
+    @torch.inference_mode()
+    def embed_prompts(self, prompts):
+        """Mean of the normalised embeddings of several prompts, (D,) fp32."""
+        tokens = self.tokenizer(list(prompts)).to(self.device)
+        return F.normalize(self.clip.encode_text(tokens).float(), dim=-1).mean(0)
+
+    @torch.inference_mode()
+    def embed_images(self, frames):
+        """Frames (N, H, W, 3) uint8 of any height and width to normalised embeddings (N, D) fp32."""
+        embeddings = []
+        for batch in torch.as_tensor(frames).split(self.batch_size):
+            images = batch.to(self.device).permute(0, 3, 1, 2).float() / 255  # (n, 3, H, W), channels last in memory
+            images = self.preprocess(images).to(self.dtype)
+            embeddings.append(F.normalize(self.clip.encode_image(images).float(), dim=-1))
+        return torch.cat(embeddings)
+
+    def forward(self, embeddings):
+        """Rewards (N,) of normalised embeddings (N, D)."""
+        difference = embeddings - self.goal
+        along = (difference @ self.direction)[:, None] * self.direction
+        projected = self.alpha * along + (1 - self.alpha) * difference  # P (s - g)
+        return 1 - 0.5 * projected.square().sum(-1)
+
+
+# ALGO LOGIC: networks
+class Standardize(nn.Module):
+    """Subtracts a mean and divides by a deviation that are set once, from the warm-up steps."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, x):
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(x.std(0).clamp(min=1e-3))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class EnsembleLinear(nn.Module):
+    """Two linear layers evaluated as one batched product: (2, B, in) -> (2, B, out)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        layers = [nn.Linear(n_in, n_out) for _ in range(2)]  # nn.Linear's own initialisation
+        self.weight = nn.Parameter(torch.stack([layer.weight.data.T for layer in layers]))  # (2, in, out)
+        self.bias = nn.Parameter(torch.stack([layer.bias.data[None] for layer in layers]))  # (2, 1, out)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class SoftQNetworks(nn.Module):
+    """The two critics qf1 and qf2: obs (B, O), action (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim, action_dim, layer_norm):
+        super().__init__()
+        norm = lambda: [nn.LayerNorm(256)] if layer_norm else []  # noqa: E731
+        self.net = nn.Sequential(
+            EnsembleLinear(obs_dim + action_dim, 256), *norm(), nn.ReLU(),
+            EnsembleLinear(256, 256), *norm(), nn.ReLU(), EnsembleLinear(256, 1),
+        )  # fmt: skip
+
+    def forward(self, obs, action):
+        return self.net(torch.cat([obs, action], -1).expand(2, -1, -1)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Tanh-squashed Gaussian policy; the action is in [-1, 1] and is scaled to the joints' torques by the caller."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(obs_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        self.fc_mean = nn.Linear(256, action_dim)
+        self.fc_logstd = nn.Linear(256, action_dim)
+
+    def forward(self, obs):
+        h = self.net(obs)
+        return self.fc_mean(h), -5 + 3.5 * (torch.tanh(self.fc_logstd(h)) + 1)  # log std in [-5, 2]
+
+    def get_action(self, obs):
+        """Sampled action (B, A) and its log-probability (B,)."""
+        mean, log_std = self(obs)
+        x = mean + log_std.exp() * torch.randn_like(mean)
+        log_prob = -0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.9189385  # log sqrt(2 pi)
+        log_prob = log_prob - 2 * (0.6931472 - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
+        return torch.tanh(x), log_prob.sum(-1)
+
+    def mean_action(self, obs):
+        return torch.tanh(self(obs)[0])
+
+
+class ReplayBuffer:
+    """Ring buffer of transitions. Saving appends what is new since the last time as one chunk file, so that saving a
+    million transitions is neither a pause nor a second copy in memory; chunks that the ring has overwritten are deleted."""
+
+    def __init__(self, size, obs_dim, action_dim, device):
+        self.size, self.total, self.saved = size, 0, 0  # total: transitions ever added
+        zeros = lambda *shape: torch.zeros(size, *shape, device=device)  # noqa: E731
+        self.data = {"obs": zeros(obs_dim), "actions": zeros(action_dim), "next_obs": zeros(obs_dim), "rewards": zeros()}
+
+    def __len__(self):
+        return min(self.total, self.size)
+
+    def add(self, **transitions):
+        count = len(transitions["rewards"])
+        rows = torch.arange(self.total, self.total + count) % self.size
+        for key, values in transitions.items():
+            self.data[key][rows] = torch.as_tensor(values, dtype=torch.float32, device=self.data[key].device)
+        self.total += count
+
+    def sample(self, batch_size):
+        rows = torch.randint(len(self), (batch_size,), device=self.data["rewards"].device)
+        return {key: values[rows] for key, values in self.data.items()}
+
+    def save(self, folder, previous_total):
+        """Append a chunk. `previous_total`: that of the older checkpoint, which must stay loadable."""
+        rows = torch.arange(max(self.saved, self.total - self.size), self.total)
+        atomic_save({key: values[rows % self.size].cpu() for key, values in self.data.items()}, folder / f"replay_{self.saved:09d}_{self.total:09d}.pt")
+        self.saved = self.total
+        for chunk in folder.glob("replay_*.pt"):
+            if int(chunk.stem.split("_")[2]) <= previous_total - self.size:
+                chunk.unlink()
+
+    def load(self, folder, total):
+        """Read the chunks up to `total` transitions; later ones, of a run that was killed before its checkpoint, are removed."""
+        for chunk in sorted(folder.glob("replay_*.pt")):
+            start, stop = (int(number) for number in chunk.stem.split("_")[1:])
+            if stop > total:
+                chunk.unlink()
+                continue
+            transitions = torch.load(chunk, weights_only=True)
+            self.total = stop - len(transitions["rewards"])
+            self.add(**transitions)
+        self.saved = self.total
+        check(self.total == total, f"the replay chunks in {folder} end at {self.total} transitions, the checkpoint needs {total}")
+
+
+def atomic_save(state, path):
+    """Write aside, flush to disk, rename: a file of that name is always whole."""
+    aside = path.with_suffix(".tmp")
+    with open(aside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+# EVALUATION
+def rollout(envs, policy, seeds):
+    """One whole episode in every environment, reset together. `policy`: obs (N, 47) fp32 -> actions (N, 17) in [-1, 1].
+
+    Returns arrays with leading axes (T, N): obs, next_obs, actions, frames (uint8, what the camera sees after the step),
+    env_rewards (Gymnasium's own) and success (bool).
+    """
+    states, _ = envs.reset(seed=seeds)
+    obs = states["state"].astype(np.float32)
+    steps = {"obs": [], "actions": [], "next_obs": [], "env_rewards": [], "success": []}
+    frames = np.empty((EPISODE_LENGTH, *states["pixels"].shape), dtype=np.uint8)
+    for t in range(EPISODE_LENGTH):
+        actions = policy(obs)
+        states, env_rewards, _, _, infos = envs.step(actions * envs.single_action_space.high)
+        next_obs = states["state"].astype(np.float32)
+        frames[t] = states["pixels"]
+        for key, value in zip(steps, (obs, actions, next_obs, env_rewards, infos["success"])):
+            steps[key].append(value)
+        obs = next_obs
+    return {key: np.stack(values) for key, values in steps.items()} | {"frames": frames}
+
+
+def evaluate(envs, policy, score, episodes, seed):
+    """Run `episodes` episodes. Returns arrays with leading axis (E,): returns, success (E, T) bool, qpos (E, T, 24)."""
+    parts = []
+    for first in range(0, episodes, envs.num_envs):
+        steps = rollout(envs, policy, [seed + first + i for i in range(envs.num_envs)])
+        parts.append((score(steps).sum(0), steps["success"].T, steps["next_obs"][..., :24].swapaxes(0, 1)))
+    returns, success, qpos = (np.concatenate(part)[:episodes] for part in zip(*parts))
+    return {"returns": returns, "success": success, "qpos": qpos}
+
+
+def success_rate(success):
+    """Share of episodes in the goal state for at least half of their steps (paper, section 4.3). success: (E, T) bool."""
+    return float((success.mean(1) >= 0.5).mean())
+
+
+def draw(args, result, path, size, rows, columns, every):
+    """Frames (F, rows * size, columns * size, 3) of the first episodes, or a sheet of one episode per row, framed in green
+    while the robot is in the goal state."""
+    camera = VLMHumanoid(size, args.textures, args.camera, shadows=True)
+    steps = range(every - 1, EPISODE_LENGTH, every)
+    episodes = rows if columns == len(steps) else rows * columns
+    frames = np.zeros((episodes, len(steps), size, size, 3), dtype=np.uint8)
+    for episode in range(min(episodes, len(result["qpos"]))):
+        for i, t in enumerate(steps):
+            frame = camera.render_state(result["qpos"][episode, t]).copy()
+            if result["success"][episode, t]:
+                frame[:3] = frame[-3:] = frame[:, :3] = frame[:, -3:] = (40, 200, 80)
+            frames[episode, i] = frame
+    camera.close()
+    if columns == len(steps):
+        iio.imwrite(path, frames.swapaxes(1, 2).reshape(rows * size, columns * size, 3))
+    else:
+        tiles = frames.reshape(rows, columns, len(steps), size, size, 3).transpose(2, 0, 3, 1, 4, 5)
+        iio.imwrite(path, tiles.reshape(len(steps), rows * size, columns * size, 3), fps=33, macro_block_size=1)  # half speed
+
+
+def final_evaluation(args, run_dir, envs, score, actor, standardize, device):
+    """Success and return of the best policy, of doing nothing and of acting at random; json, video and contact sheet."""
+    best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
+    actor.load_state_dict(best["actor"])
+    standardize.load_state_dict(best["standardize"])
+    shape = (envs.num_envs, envs.single_action_space.shape[0])
+    policies = {
+        "mean action": lambda obs: act(actor.mean_action, standardize, obs, device),
+        "sampled action": lambda obs: act(lambda x: actor.get_action(x)[0], standardize, obs, device),
+        "zero action": lambda obs: np.zeros(shape, dtype=np.float32),
+        "random action": lambda obs: torch.rand(shape).numpy() * 2 - 1,
+    }
+    summary = {"run": run_dir.name, "prompt": args.prompt, "task": args.task, "best_step": best["global_step"], "episodes": args.eval_episodes}
+    print(f"{'':16}{'success':>9}{'in goal':>9}{'return':>9}   over {args.eval_episodes} episodes of the policy of step {best['global_step']}")
+    for name, policy in policies.items():
+        torch.manual_seed(0)
+        result = evaluate(envs, policy, score, args.eval_episodes, seed=1_000_000)
+        summary[name] = {"return": float(result["returns"].mean())}
+        if args.task:
+            summary[name] |= {"success_rate": success_rate(result["success"]), "share_in_goal": float(result["success"].mean())}
+        if name == "mean action":
+            draw(args, result, run_dir / "eval.mp4", size=240, rows=2, columns=3, every=1)
+            draw(args, result, run_dir / "eval.png", size=120, rows=6, columns=10, every=10)
+        numbers = [f"{summary[name][key]:9.0%}" if args.task else f"{'-':>9}" for key in ("success_rate", "share_in_goal")]
+        print(f"{name:16}{''.join(numbers)}{summary[name]['return']:9.2f}")
+    (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"wrote {run_dir}/eval.json, eval.mp4 and eval.png")
+    return summary
+
+
+@torch.inference_mode()
+def act(policy, standardize, obs, device):
+    """Actions of a policy as numpy, (N, 17)."""
+    return policy(standardize(torch.as_tensor(obs, device=device))).cpu().numpy()
+
+
+def plot_curves(history, path, reward):
+    """Return and success against steps, one point per round."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    steps, returns, success = zip(*history)
+    axes[0].plot(steps, returns, linewidth=0.8)
+    axes[0].set(xlabel="step", title="VLM return per episode" if reward == "vlm" else "return per episode")
+    axes[1].plot(steps, success, linewidth=0.8, color="tab:green")
+    axes[1].set(xlabel="step", title="success rate while training (sampled actions)", ylim=(-0.02, 1.02))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_args(argv):
+    """Flags from the command line: the defaults, the paper's set-up, or those of the run to resume or evaluate."""
+    default = PAPER if argv[:1] == ["paper"] else Args()
+    argv = argv[1:] if argv[:1] == ["paper"] else argv
+    args = tyro.cli(Args, default=default, args=argv)
+    check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
+    if args.resume or args.evaluate:
+        run_dir = Path(args.resume or args.evaluate)
+        check((run_dir / "args.json").is_file(), f"{run_dir} is not a run folder: it has no args.json")
+        saved = json.loads((run_dir / "args.json").read_text())["args"]
+        saved = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        args = tyro.cli(Args, default=saved, args=argv)
+        if args.resume:
+            free = {"resume", "device", "total_timesteps", "track", "eval_episodes"}
+            changed = [f"--{f.name.replace('_', '-')}" for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)]
+            check(not changed, f"{', '.join(changed)} would change the experiment; --resume goes on with the run's own flags")
+            check(args.total_timesteps >= saved.total_timesteps, f"--total-timesteps can only be raised, the run has {saved.total_timesteps}")
+    if args.reward == "vlm":
+        check(args.prompt and all(p.strip() for p in args.prompt), 'tell the robot what to do, e.g. --prompt "a humanoid robot kneeling"')
+        args.baseline_prompt = args.baseline_prompt or ("a humanoid robot",)
+        check(all(p.strip() for p in args.baseline_prompt), "--baseline-prompt is empty")
+    args.task = args.task or next((TASK_PROMPTS[p] for p in args.prompt if p in TASK_PROMPTS), "")
+    check(not args.task or args.task in TASKS, f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
+    check(0 <= args.clip_alpha <= 1, f"--clip-alpha {args.clip_alpha} is not between 0 and 1")
+    for name in ("total_timesteps", "num_envs", "gradient_steps", "buffer_size", "batch_size", "reward_batch_size", "eval_episodes", "select_episodes", "eval_frequency", "policy_frequency"):
+        check(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
+    check(args.image_size >= 0, "--image-size must be positive, or 0 for the size the VLM takes")
+    check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
+    check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, f"--buffer-size must hold one round, {args.num_envs * EPISODE_LENGTH} steps")
+    check(args.evaluate or args.learning_starts < args.total_timesteps, "--learning-starts is not below --total-timesteps: nothing would be learnt")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
+    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: PyTorch sees no Apple GPU here; use --device cpu")
+    check(args.clip_precision == "fp32" or args.device != "cpu", f"--clip-precision {args.clip_precision} needs a GPU; use fp32 on the CPU")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    run_dir = Path(args.resume or args.evaluate or "")
+    if not (args.resume or args.evaluate):
+        args.run_name = args.run_name or f"humanoid-{args.task or 'prompt'}__sac_vlmrm__{args.seed}__{int(time.time())}"
+        run_dir = Path("runs") / args.run_name
+        check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
+
+    # reward model: first, so that a wrong name costs seconds
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    clip_reward, image_size = None, args.image_size or 224
+    if args.reward == "vlm":
+        clip_reward = CLIPReward(args.clip_model, args.prompt, args.baseline_prompt, args.clip_alpha, device, args.clip_precision, args.reward_batch_size)
+        image_size = args.image_size or clip_reward.image_size
+
+    def score(steps):
+        """Rewards (T, N) of a rollout: of its frames, in batches."""
+        if clip_reward is None:
+            return steps["env_rewards"].astype(np.float32)
+        frames = steps["frames"]
+        return clip_reward(clip_reward.embed_images(frames.reshape(-1, *frames.shape[2:]))).cpu().numpy().reshape(frames.shape[:2])
+
+    # env setup
+    print(f"renderer: {pick_gl_backend()}")
+    print(f"task: {args.task}" if args.task else "task: not one of TASKS, so no success rate; the VLM reward is all there is to judge by")
+    env_fn = make_env(image_size, args.textures, args.camera, args.shadows, args.task)
+    envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    try:
+        return run(args, run_dir, envs, score, device)
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        raise SystemExit(f"error: an environment process died ({type(error).__name__}); go on with --resume {run_dir}")
+    finally:
+        envs.close(terminate=True)
+
+
+def run(args, run_dir, envs, score, device):
+    """Train (or only evaluate) and return the summary of the final evaluation."""
+    obs_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
+    actor = Actor(obs_dim, action_dim).to(device)
+    standardize, standardize_reward = Standardize(obs_dim).to(device), Standardize(1).to(device)
+    if args.evaluate:
+        check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt yet: the run has not reached its first checkpoint")
+        return final_evaluation(args, run_dir, envs, score, actor, standardize, device)
+
+    qf, qf_target = (SoftQNetworks(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(2))
+    qf_target.load_state_dict(qf.state_dict())
+    qf_target.requires_grad_(False)
+    log_alpha = torch.zeros(1, device=device, requires_grad=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr)
+    q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr)
+    a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr)
+    rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    modules = {"actor": actor, "qf": qf, "qf_target": qf_target, "standardize": standardize, "standardize_reward": standardize_reward,
+               "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
+    state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
+
+    # ALGO LOGIC: training
+    def update_critic(obs, actions, next_obs, rewards):
+        with torch.no_grad():
+            next_actions, next_log_prob = actor.get_action(next_obs)
+            next_value = qf_target(next_obs, next_actions).min(0).values - log_alpha.exp() * next_log_prob
+            target = rewards + args.gamma * next_value  # (B,); no episode ever terminates
+        q = qf(obs, actions)  # (2, B)
+        qf_losses = (q - target).square().mean(1)
+        q_optimizer.zero_grad()
+        qf_losses.sum().backward()
+        q_optimizer.step()
+        torch._foreach_lerp_(list(qf_target.parameters()), list(qf.parameters()), args.tau)
+        return {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "qf1_loss": qf_losses[0], "qf2_loss": qf_losses[1], "qf_loss": qf_losses.mean()}
+
+    def update_actor(obs):
+        pi, log_prob = actor.get_action(obs)
+        actor_loss = (log_alpha.detach().exp() * log_prob - qf(obs, pi).min(0).values).mean()
+        actor_optimizer.zero_grad()
+        actor_loss.backward()
+        actor_optimizer.step()
+        alpha_loss = (-log_alpha.exp() * (log_prob.detach() + args.target_entropy)).mean()
+        a_optimizer.zero_grad()
+        alpha_loss.backward()
+        a_optimizer.step()
+        return {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": log_alpha.exp(), "entropy": -log_prob.mean()}
+
+    if args.compile:
+        update_critic, update_actor = torch.compile(update_critic), torch.compile(update_actor)
+
+    def save_checkpoint():
+        rb.save(run_dir, state["previous_step"])
+        rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        checkpoint = {name: module.state_dict() for name, module in modules.items()} | {"log_alpha": log_alpha.data, "rng": rng, "state": state}
+        writer.flush()
+        atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
+        for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
+            old.unlink()
+        state["previous_step"] = state["global_step"]
+
+    if args.resume:
+        checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
+        check(checkpoints, f"{run_dir} has no checkpoint to resume from")
+        checkpoint = torch.load(checkpoints[-1], map_location=device, weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        log_alpha.data.copy_(checkpoint["log_alpha"])
+        state = checkpoint["state"]
+        rb.load(run_dir, state["global_step"])
+        torch.set_rng_state(checkpoint["rng"]["torch"].cpu())
+        if device.type == "cuda":
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in checkpoint["rng"]["cuda"]])
+        state["previous_step"] = state["global_step"]
+    else:
+        run_dir.mkdir(parents=True)
+        packages = {name: version(name) for name in ("torch", "open_clip_torch", "gymnasium", "mujoco", "numpy")} | {"python": platform.python_version()}
+        (run_dir / "args.json").write_text(json.dumps({"args": asdict(args), "packages": packages}, indent=2) + "\n")
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, name=args.run_name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
+    table = "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", table)
+
+    stopping = []
+
+    def on_signal(signum, _):
+        stopping.append(signum)
+        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more to stop at once")
+        signal.signal(signum, signal.SIG_DFL)
+
+    previous_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    progress = tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True)
+    while state["global_step"] < args.total_timesteps and not stopping:
+        # collect: a whole episode in every environment
+        started = time.perf_counter()
+        learning = state["global_step"] >= args.learning_starts
+        noise = torch.randn(args.num_envs, action_dim)
+
+        def explore(obs):
+            if learning:
+                return act(lambda x: actor.get_action(x)[0], standardize, obs, device)
+            noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)  # stays N(0, 1), correlated over 10 steps
+            return torch.tanh(noise).numpy()
+
+        steps = rollout(envs, explore, [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)])
+        collected = time.perf_counter()
+
+        # score: the VLM sees the frames, the transitions get their rewards
+        rewards = score(steps)
+        rb.add(**{key: steps[key].reshape(-1, steps[key].shape[-1]) for key in ("obs", "actions", "next_obs")}, rewards=rewards.reshape(-1))
+        state["global_step"] += rewards.size
+        scored = time.perf_counter()
+
+        # learn
+        metrics = {}
+        if state["global_step"] >= args.learning_starts:
+            if args.standardize and not state["fitted"]:
+                standardize.fit(rb.data["obs"][: len(rb)])
+                standardize_reward.fit(rb.data["rewards"][: len(rb), None])
+                state["fitted"] = True
+            for step in range(args.gradient_steps):
+                batch = rb.sample(args.batch_size)
+                batch |= {key: standardize(batch[key]) for key in ("obs", "next_obs")} | {"rewards": standardize_reward(batch["rewards"])}
+                metrics |= update_critic(**batch)
+                if step % args.policy_frequency == 0:
+                    metrics |= update_actor(batch["obs"])
+        learned = time.perf_counter()
+
+        # log
+        global_step = state["global_step"]
+        success = success_rate(steps["success"].T)
+        state["history"].append((global_step, float(rewards.sum(0).mean()), success))
+        for key, value in metrics.items():
+            writer.add_scalar(f"losses/{key}", value.item(), global_step)
+        writer.add_scalar("charts/episodic_return", steps["env_rewards"].sum(0).mean(), global_step)
+        if args.reward == "vlm":
+            writer.add_scalar("charts/vlm_return", rewards.sum(0).mean(), global_step)
+        if args.task:
+            writer.add_scalar("charts/success_rate", success, global_step)
+        for stage, seconds in (("collect", collected - started), ("score", scored - collected), ("learn", learned - scored)):
+            writer.add_scalar(f"time/{stage}", seconds, global_step)
+        writer.add_scalar("charts/SPS", rewards.size / (learned - started), global_step)
+        progress.update(rewards.size)
+        recent = np.mean([row[1:] for row in state["history"][-10:]], axis=0)
+        progress.set_postfix(reward=f"{recent[0] / EPISODE_LENGTH:.3f}", success=f"{recent[1]:.0%}" if args.task else "-")
+
+        # evaluate the mean action and save
+        if global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps or stopping:
+            result = evaluate(envs, lambda obs: act(actor.mean_action, standardize, obs, device), score, args.select_episodes, seed=2_000_000)
+            writer.add_scalar("eval/return", result["returns"].mean(), global_step)
+            if args.task:
+                writer.add_scalar("eval/success_rate", success_rate(result["success"]), global_step)
+            if global_step > args.learning_starts and result["returns"].mean() > state["best_return"]:
+                state["best_return"] = float(result["returns"].mean())
+                atomic_save({"actor": actor.state_dict(), "standardize": standardize.state_dict(), "global_step": global_step}, run_dir / "best.pt")
+            draw(args, result, run_dir / f"video_{global_step:09d}.mp4", size=240, rows=1, columns=2, every=1)
+            save_checkpoint()
+    progress.close()
+    for s, handler in previous_handlers.items():
+        signal.signal(s, handler)
+    writer.close()
+    plot_curves(state["history"], run_dir / "curves.png", args.reward)
+    if stopping:
+        print(f"stopped at step {state['global_step']}; go on with --resume {run_dir}")
+        return None
+    return final_evaluation(args, run_dir, envs, score, actor, standardize, device)
+
+
+if __name__ == "__main__":
+    main()
