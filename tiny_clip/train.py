@@ -1,0 +1,585 @@
+"""Make the data for the tiny CLIP, train it, measure it: the model that lets the whole method run offline on a laptop.
+
+    python tiny_clip/train.py                         # data, training, report: under 90 minutes on 2 cores
+    python tiny_clip/train.py --visit runs/A runs/B   # first add states that trained policies visited
+
+The model sees frames of the same simulator that the scripts reward, with captions made from the simulator's state. It is
+not a zero-shot model and says nothing about how well one would do; it stands in for one where none can be downloaded.
+
+Captions describe the picture the way a person would. They come from the loose descriptions in `describe`, which share no
+code with the success criteria of sac_vlmrm.py; those are used here only to report EPIC distances at the end.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import numpy as np
+import open_clip
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import sac_vlmrm  # noqa: E402
+
+
+@dataclass
+class Args:
+    seed: int = 1
+    out: Path = HERE
+    """folder for open_clip_config.json, open_clip_model.safetensors, vocabulary.txt and report.json"""
+    frames: int = 64_000
+    """humanoid frames"""
+    classic_frames: int = 12_000
+    """frames of the two classic-control scenes"""
+    passes: float = 10.0
+    """times every frame is seen"""
+    batch_size: int = 256
+    lr: float = 1.5e-3
+    width: int = 16
+    """of the image tower (open_clip's ModifiedResNet with one block per stage)"""
+    image_size: int = 96
+    visit: tuple[Path, ...] = ()
+    """run folders whose replay buffers are searched for states to learn from, added to visited_states.npz"""
+    visit_states: int = 2000
+    """states to take from each of them"""
+
+
+# DATA: states
+JOINTS = ["abdomen_z", "abdomen_y", "abdomen_x", "right_hip_x", "right_hip_z", "right_hip_y", "right_knee", "left_hip_x", "left_hip_z",
+          "left_hip_y", "left_knee", "right_shoulder1", "right_shoulder2", "right_elbow", "left_shoulder1", "left_shoulder2", "left_elbow"]  # fmt: skip
+LEG_JOINTS = ["hip_x", "hip_z", "hip_y", "knee"]
+
+# Legs as (hip_x, hip_z, hip_y, knee) in degrees, right then left where they differ; torso pitch (forward is positive) and
+# bend of the abdomen. Noise, blends of two poses, arms and physics come on top.
+POSES = {
+    "stand": dict(legs=(0, 0, 0, -3)),
+    "stand wide": dict(legs=(-18, 0, -2, -5)),
+    "bent knees": dict(legs=(-3, 0, -35, -60)),
+    "squat": dict(legs=(-5, -10, -80, -120), pitch=15),
+    "deep squat": dict(legs=(-10, -25, -108, -150), pitch=25, abdomen=-30),
+    "bow": dict(legs=(0, 0, -70, -8), pitch=65, abdomen=-20),
+    "lean back": dict(legs=(0, 0, 15, -30), pitch=-30),
+    "step": dict(legs=(0, 0, -35, -25), left=(0, 0, 18, -15)),
+    "one leg": dict(legs=(0, 0, 0, -4), left=(0, 0, -55, -80)),
+    "one leg high": dict(legs=(0, 0, 0, -4), left=(-5, 0, -95, -100)),
+    "one leg back": dict(legs=(0, 0, -2, -4), left=(0, 0, 15, -100)),
+    "kneel": dict(legs=(-4, 0, 2, -92)),
+    "kneel wide": dict(legs=(-15, -10, 2, -92)),
+    "kneel low": dict(legs=(-5, 0, -35, -125)),
+    "sit on heels": dict(legs=(-5, -5, -75, -155), pitch=5),
+    "kneel back": dict(legs=(-5, 0, 15, -100), pitch=-30),
+    "kneel far back": dict(legs=(-5, 0, 20, -120), pitch=-55, abdomen=20),
+    "kneel forward": dict(legs=(-5, 0, -30, -95), pitch=35),
+    "kneel far forward": dict(legs=(-5, 0, -75, -100), pitch=65, abdomen=-20),
+    "half down": dict(legs=(-4, 0, -40, -105), pitch=5),
+    "half down back": dict(legs=(-4, 0, 5, -75), pitch=-20),
+    "one knee": dict(legs=(0, 0, 0, -95), left=(-3, 0, -88, -88)),
+    "all fours": dict(legs=(-5, 0, -85, -88), pitch=82),
+    "sit": dict(legs=(-5, -5, -95, -5)),
+    "sit knees up": dict(legs=(-5, -5, -108, -100), pitch=-5, abdomen=-20),
+    "sit back": dict(legs=(-5, -10, -70, -15), pitch=-35),
+    "sit between heels": dict(legs=(5, 30, -85, -150)),
+    "splits": dict(legs=(-4, -58, -88, -3)),
+    "splits half": dict(legs=(-5, -38, -90, -4)),
+    "splits forward": dict(legs=(-4, -55, -100, -5), pitch=25),
+    "lotus": dict(legs=(0, -58, -105, -150)),
+    "lotus half": dict(legs=(-2, -45, -100, -115)),
+    "lie on back": dict(legs=(-5, 0, -10, -20), pitch=-88),
+    "lie on back knees up": dict(legs=(-5, 0, -70, -90), pitch=-85),
+    "lie on front": dict(legs=(-5, 0, 0, -15), pitch=88),
+    "lie on side": dict(legs=(0, 0, -30, -40), roll=88),
+    "fold back": dict(legs=(-5, 0, 20, -150), pitch=-80, abdomen=25),
+    "upside down": dict(legs=(-5, 0, -60, -40), pitch=140),
+    "jump": dict(legs=(-5, 0, -20, -40), air=0.2),
+    "kneel in the air": dict(legs=(-5, 0, 0, -95), air=0.25),
+    "sit in the air": dict(legs=(-5, 0, -85, -90), air=0.2),
+}  # fmt: skip
+FREQUENT = {"stand": 4, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3, "splits": 4, "lotus": 4, "bent knees": 2,
+            "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "stand wide": 2}  # fmt: skip
+
+# Where the right hand is, in the torso's frame (x forward, y left, z up), for each way to hold the arms.
+ARMS = {
+    "raised": lambda p: p[:, 2] > 0.3,
+    "hips": lambda p: np.linalg.norm(p - [0.0, -0.2, -0.345], axis=1) < 0.12,
+    "crossed": lambda p: (p[:, 1] > 0.03) & (p[:, 0] > 0.08) & (abs(p[:, 2]) < 0.22),
+    "together": lambda p: (abs(p[:, 1] + 0.03) < 0.06) & (p[:, 0] > 0.15) & (abs(p[:, 2]) < 0.25),
+    "side": lambda p: (p[:, 1] < -0.6) & (abs(p[:, 2]) < 0.25),
+    "front": lambda p: (p[:, 0] > 0.42) & (abs(p[:, 2]) < 0.25),
+    "down": lambda p: p[:, 2] < -0.28,
+    "any": lambda p: p[:, 2] > -9,
+}
+
+
+class Poser:
+    """Makes states of the humanoid: poses with noise, blends of two, and what physics turns them into."""
+
+    def __init__(self, rng, image_size):
+        self.rng = rng
+        self.env = sac_vlmrm.VLMHumanoid(image_size)
+        self.model, self.data = self.env.model, self.env.data
+        self.low, self.high = self.model.jnt_range[1:].T  # radians
+        self.index = {name: i for i, name in enumerate(JOINTS)}
+        arm = [self.index[f"right_{j}"] for j in ("shoulder1", "shoulder2", "elbow")]
+        self.arm_angles = rng.uniform(self.low[arm], self.high[arm], (6000, 3))  # random arms, and where each puts the hand
+        hands = []
+        for angles in self.arm_angles:
+            qpos = np.concatenate([[0, 0, 1.4, 1, 0, 0, 0], np.zeros(17)])
+            qpos[[7 + i for i in arm]] = angles
+            self.forward(qpos)
+            hands.append(sac_vlmrm.seen_from(self.data, "torso", "right_hand"))
+        hands = np.array(hands)
+        self.arm_table = {kind: self.arm_angles[fits(hands)] for kind, fits in ARMS.items()}
+
+    def forward(self, qpos):
+        self.data.qpos[:] = qpos
+        sac_vlmrm.mujoco.mj_kinematics(self.model, self.data)
+
+    def lowest(self):
+        """Height of the lowest point of any body part."""
+        z, r, half, axis = self.data.geom_xpos[1:, 2], self.model.geom_size[1:, 0], self.model.geom_size[1:, 1], self.data.geom_xmat[1:, 8]
+        half = np.where(self.model.geom_type[1:] == sac_vlmrm.mujoco.mjtGeom.mjGEOM_CAPSULE, half, 0)
+        return (z - r - half * abs(axis)).min()
+
+    def joints(self, pose):
+        legs, left = pose["legs"], pose.get("left", pose["legs"])
+        if self.rng.random() < 0.5:
+            legs, left = left, legs
+        angles = np.zeros(17)
+        for side, values in (("right", legs), ("left", left)):
+            for joint, value in zip(LEG_JOINTS, values):
+                angles[self.index[f"{side}_{joint}"]] = np.radians(value)
+        angles[self.index["abdomen_y"]] = np.radians(pose.get("abdomen", 0))
+        return angles
+
+    def set_arms(self, angles):
+        rng = self.rng
+        kinds = ["raised", "raised", "hips", "hips", "crossed", "crossed", "together", "side", "front", "down", "down", "any", "any", "zero", "zero", "zero"]
+        kind = rng.choice(kinds)
+        both = rng.random() < 0.8
+        for side, sign in (("right", 1), ("left", -1)):
+            use = kind if side == "right" or both else rng.choice(kinds)
+            arm = np.zeros(3) if use == "zero" else self.arm_table[use][rng.integers(len(self.arm_table[use]))]
+            for joint, value in zip(("shoulder1", "shoulder2", "elbow"), arm * [sign, sign, 1]):
+                angles[self.index[f"{side}_{joint}"]] = value
+        return angles
+
+    def sample_pose(self):
+        """A pose of the table, or a blend of two, with noise, standing on the floor (or above it); qpos (24,)."""
+        rng = self.rng
+        names = list(POSES)
+        p = np.array([FREQUENT.get(name, 1) for name in names], dtype=float)
+        pose, other = (POSES[names[i]] for i in rng.choice(len(names), 2, p=p / p.sum()))
+        blend = rng.random() if rng.random() < 0.3 else 0.0
+        angles = (1 - blend) * self.joints(pose) + blend * self.joints(other)
+        pitch, roll, air = ((1 - blend) * pose.get(k, 0) + blend * other.get(k, 0) for k in ("pitch", "roll", "air"))
+        spread = rng.choice([2, 6, 12])  # degrees
+        angles = self.set_arms(angles) + np.radians(spread) * rng.standard_normal(17)
+        pitch, roll = np.radians([pitch, roll * rng.choice([-1, 1])] + spread * rng.standard_normal(2))
+        yaw = np.radians(rng.choice([10, 10, 30, 120])) * rng.standard_normal()
+        qpos = np.zeros(24)
+        qpos[:2] = rng.normal(0, 0.15, 2)
+        qpos[2], qpos[3:7], qpos[7:] = 1.4, euler_to_quat(roll, pitch, yaw), np.clip(angles, self.low, self.high)
+        self.forward(qpos)
+        lift = air * rng.random() * 2 if air else 0.3 * rng.random() ** 2 if rng.random() < 0.08 else 0.0
+        qpos[2] += lift - self.lowest()
+        return qpos
+
+    def settle(self, qpos, steps):
+        """Let go of the robot while its joints hold the pose: knees, feet and seat come to rest on the floor."""
+        self.env.set_state(qpos, np.zeros(23))
+        for _ in range(steps):
+            self.hold(qpos[7:], 0.0)
+        return self.data.qpos.copy()
+
+    def hold(self, target, action):
+        """One step of 15 ms in which motors pull the joints towards `target` (17,) radians."""
+        action = action + 3.0 * (target - self.data.qpos[7:]) - 0.1 * self.data.qvel[6:]
+        sac_vlmrm.HumanoidEnv.step(self.env, np.clip(action, -1, 1)[ACTUATED] * 0.4)
+
+    def sample_motion(self, length):
+        """States along a fall: from the start or a pose, under torques that are held, correlated or zero."""
+        rng, env = self.rng, self.env
+        env.reset(seed=int(rng.integers(2**31)))
+        if rng.random() < 0.5:
+            env.set_state(self.sample_pose(), 0.3 * rng.standard_normal(23))
+        scale, keep = rng.choice([0, 0.3, 0.6, 1.0]), rng.choice([0.8, 0.95, 1.0])
+        torque, states = rng.standard_normal(17), []
+        target = self.set_arms(self.joints(POSES[list(POSES)[rng.integers(len(POSES))]])) if rng.random() < 0.6 else None
+        for t in range(length):
+            torque = keep * torque + (1 - keep**2) ** 0.5 * rng.standard_normal(17)
+            if target is None:
+                sac_vlmrm.HumanoidEnv.step(env, np.clip(scale * torque, -1, 1)[ACTUATED] * 0.4)
+            else:
+                self.hold(target, 0.3 * scale * torque)
+            if t % 12 == 11:
+                states.append(env.data.qpos.copy())
+        return states
+
+
+ACTUATED = [JOINTS.index(name) for name in ["abdomen_y", "abdomen_z"] + JOINTS[2:]]  # the order of the model's motors
+
+
+def euler_to_quat(roll, pitch, yaw):
+    (cr, cp, cy), (sr, sp, sy) = (f(np.array([roll, pitch, yaw]) / 2) for f in (np.cos, np.sin))
+    return [cr * cp * cy + sr * sp * sy, sr * cp * cy - cr * sp * sy, cr * sp * cy + sr * cp * sy, cr * cp * sy - sr * sp * cy]
+
+
+# DATA: captions. A frame is described by several concepts; each concept has many wordings, {s} is who is in the picture.
+SUBJECTS = ["a humanoid robot", "a humanoid robot", "a humanoid robot", "a robot", "a humanoid", "a man", "a person", "a figure"]
+CONCEPTS = {
+    "robot": ["{s}", "a picture of {s}", "{s} in a room with a wooden floor", "an image of {s} under a blue sky"],
+    "standing": ["{s} standing up", "{s} standing", "{s} standing upright", "{s} standing straight", "{s} on its feet", "{s} that stands on both legs"],
+    "standing with bent knees": ["{s} standing with bent knees", "{s} with slightly bent legs", "{s} dipping at the knees"],
+    "crouching": ["{s} crouching", "{s} squatting", "{s} half way down", "{s} in a squat"],
+    "deep squat": ["{s} in a deep squat", "{s} squatting low over its feet"],
+    "one leg": ["{s} standing up on one leg", "{s} on one leg", "{s} balancing on one foot", "{s} with one leg lifted", "{s} standing on one leg"],
+    "kneeling": ["{s} kneeling", "{s} on its knees", "{s} kneeling upright", "{s} kneeling on the floor", "{s} that kneels on both knees", "{s} down on both knees", "{s} kneeling down"],
+    "sitting on heels": ["{s} sitting on its heels", "{s} kneeling, sitting back on the heels"],
+    "kneeling leaning back": ["{s} leaning back on its knees", "{s} tilting backwards over its heels"],
+    "kneeling far back": ["{s} leaning far back, knees on the floor", "{s} falling over backwards from its knees"],
+    "kneeling leaning forward": ["{s} on the knees, bending forward", "{s} bowing with knees on the floor"],
+    "kneeling leaning sideways": ["{s} on the knees, tilting to one side", "{s} toppling sideways, knees on the floor"],
+    "about to kneel": ["{s} about to kneel", "{s} going down to its knees", "{s} with its knees just above the floor"],
+    "one knee": ["{s} down on one knee", "{s} with one knee on the floor", "{s} half kneeling, one foot forward"],
+    "all fours": ["{s} on all fours", "{s} on hands and knees", "{s} crawling"],
+    "propped on one hand": ["{s} propped on one hand, knees on the floor", "{s} on its knees and one hand"],
+    "kneeling in the air": ["{s} floating with bent knees", "{s} in the air, shins folded back"],
+    "in the air": ["{s} in the air", "{s} jumping", "{s} floating above the floor"],
+    "leaning forward": ["{s} leaning forward", "{s} tipping forwards", "{s} falling forward"],
+    "leaning back": ["{s} leaning backwards", "{s} tipping over backwards", "{s} falling back"],
+    "leaning sideways": ["{s} leaning to the side", "{s} tipping over sideways"],
+    "bowing": ["{s} bending over", "{s} bowing deeply on straight legs"],
+    "sitting": ["{s} sitting on the floor", "{s} seated with the legs stretched forward"],
+    "sitting knees up": ["{s} sitting with knees pulled up", "{s} seated, knees in the air"],
+    "sitting between heels": ["{s} sitting between its heels", "{s} seated with folded legs"],
+    "sitting leaning back": ["{s} sitting, leaning back", "{s} seated and falling backwards"],
+    "lotus": ["{s} seated down, meditating in the lotus position", "{s} meditating", "{s} in the lotus position", "{s} sitting cross-legged", "{s} meditating in lotus pose"],
+    "half lotus": ["{s} sitting with knees half apart", "{s} seated with loosely folded legs"],
+    "splits": ["{s} practicing gymnastics, doing the side splits", "{s} doing the splits", "{s} doing the side splits", "{s} with its legs spread wide on the floor"],
+    "half splits": ["{s} sitting with its legs apart", "{s} seated, legs opened a little"],
+    "lying on back": ["{s} lying on its back", "{s} flat on its back"],
+    "lying on front": ["{s} lying face down", "{s} flat on its belly"],
+    "lying on side": ["{s} lying on its side", "{s} fallen over on one side"],
+    "folded back": ["{s} bent over backwards on the floor", "{s} lying back over its folded legs"],
+    "upside down": ["{s} upside down", "{s} standing on its head"],
+    "toppling": ["{s} losing its balance", "{s} falling down", "{s} collapsing"],
+    "arms raised": ["{s} with both arms raised", "{s} with its hands in the air", "{s} holding up both hands"],
+    "one arm raised": ["{s} with one arm raised", "{s} raising one hand"],
+    "hands on hips": ["{s} with hands on hips", "{s} with both hands on the hips"],
+    "arms crossed": ["{s} with its arms crossed", "{s} with folded arms", "{s} with arms crossed in front of the chest"],
+    "hands together": ["{s} with its hands together in front of the chest", "{s} with touching hands"],
+    "arms out": ["{s} with its arms stretched out to the sides", "{s} with arms spread"],
+    "arms forward": ["{s} reaching forward with both arms", "{s} with its arms stretched forward"],
+    "arms down": ["{s} with its arms hanging down", "{s} with lowered arms"],
+    "arms bent": ["{s} with bent arms", "{s} holding its hands in front of the shoulders"],
+}  # fmt: skip
+for _pose, _verb in (("standing", "standing up"), ("kneeling", "kneeling")):  # how the arms are held while it stands or kneels
+    CONCEPTS |= {
+        f"{_pose}, arms raised": [f"{{s}} {_verb}, with both arms raised", f"{{s}} {_verb} with its hands in the air", f"{{s}} {_verb} with raised arms"],
+        f"{_pose}, one arm raised": [f"{{s}} {_verb} with one arm raised", f"{{s}} {_verb}, raising one hand"],
+        f"{_pose}, hands on hips": [f"{{s}} {_verb} with hands on hips", f"{{s}} {_verb}, both hands on the hips"],
+        f"{_pose}, arms crossed": [f"{{s}} {_verb}, with its arms crossed", f"{{s}} {_verb} with folded arms"],
+        f"{_pose}, hands together": [f"{{s}} {_verb} with its hands together", f"{{s}} {_verb} with touching hands"],
+        f"{_pose}, arms out": [f"{{s}} {_verb} with its arms out to the sides"],
+        f"{_pose}, arms forward": [f"{{s}} {_verb} with its arms stretched forward"],
+        f"{_pose}, arms down": [f"{{s}} {_verb} with its arms hanging down"],
+    }
+
+
+def describe(poser, qpos):
+    """What a person would say of the robot in this state: concepts, the first of them its posture."""
+    poser.forward(qpos)
+    data, sides = poser.data, ("left", "right")
+    body, geom = (lambda name: data.body(name).xpos), (lambda name: data.geom(name).xpos)
+    torso = data.body("torso").xmat.reshape(3, 3)
+    tilt = np.degrees(np.arccos(np.clip(torso[2, 2], -1, 1)))  # of the torso against the vertical
+    height = body("torso")[2]
+    facing = torso[:2, 0] / max(np.linalg.norm(torso[:2, 0]), 1e-6)
+    forward, sideways = torso[:2, 2] @ facing, abs(torso[:2, 2] @ [-facing[1], facing[0]])
+    lean = "sideways" if sideways > abs(forward) else "forward" if forward > 0 else "back"
+    knees = [body(f"{s}_shin")[2] - 0.05 for s in sides]  # heights of their undersides
+    feet = [geom(f"{s}_foot")[2] - 0.075 for s in sides]
+    hands = [geom(f"{s}_hand")[2] - 0.04 for s in sides]
+    seat = geom("butt")[2] - 0.09
+    bend = [-np.degrees(data.joint(f"{s}_knee").qpos[0]) for s in sides]
+    thighs = [(body(f"{s}_shin") - body(f"{s}_thigh")) / 0.4 for s in sides]
+    spread = np.degrees(np.arccos(np.clip(thighs[0] @ thighs[1] / np.linalg.norm(thighs[0]) / np.linalg.norm(thighs[1]), -1, 1)))
+    pelvis = data.body("pelvis").xmat.reshape(3, 3)
+    foot_at, knee_at = ([pelvis.T @ (p(f"{s}_{n}") - body("pelvis")) for s in sides] for p, n in ((geom, "foot"), (body, "shin")))
+    airborne = poser.lowest() > 0.05
+
+    if airborne:
+        posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
+    elif torso[2, 2] < -0.4 and height > 0.3:
+        posture = "upside down"
+    elif max(knees) < 0.035 and tilt < 75:
+        if seat < 0.07 and tilt < 50:
+            posture = "splits" if spread > 85 and max(bend) < 40 else "sitting between heels" if max(bend) > 60 else "half splits"
+        elif max(hands) < 0.06 and tilt > 30:
+            posture = "all fours"
+        elif min(hands) < 0.06:
+            posture = "propped on one hand"
+        elif tilt < 22:
+            posture = "sitting on heels" if seat < 0.2 else "kneeling"
+        else:
+            far = {"back": "kneeling far back", "forward": "kneeling leaning forward", "sideways": "kneeling leaning sideways"}
+            posture = far[lean] if tilt > 38 or lean != "back" else "kneeling leaning back"
+    elif seat < 0.07 and tilt < 75:
+        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > 0.08 and min(bend) > 70
+        if tilt > 40:
+            posture = "sitting leaning back" if lean == "back" else "toppling"
+        elif wide and max(knees) < 0.2:
+            posture = "lotus"
+        elif max(bend) < 40:
+            posture = "splits" if spread > 85 else "half splits" if spread > 45 else "sitting"
+        else:
+            posture = "half lotus" if spread > 55 else "sitting knees up"
+    elif min(knees) < 0.035 and max(knees) > 0.12 and tilt < 40 and height > 0.6:
+        posture = "one knee"
+    elif np.mean(knees) < 0.16 and tilt < 45 and 0.6 < height < 1.05 and seat > 0.12:
+        posture = "about to kneel"
+    elif tilt < 28 and height > 1.0:
+        if max(feet) > 0.1 and height > 1.1:
+            posture = "one leg"
+        else:
+            posture = "standing" if height > 1.16 else "standing with bent knees"
+    elif tilt < 40 and height > 0.55:
+        posture = "crouching" if height > 0.8 else "deep squat"
+    elif height > 0.55 and seat > 0.3:
+        straight = max(bend) < 45 and min(feet) < 0.1
+        posture = "bowing" if lean == "forward" and tilt > 45 and straight and seat > 0.6 else f"leaning {lean}"
+    elif min(bend) > 90 and np.mean(knees) < 0.2 and lean == "back":
+        posture = "folded back"
+    elif tilt > 60:
+        up = torso[2, 0]  # where the chest points
+        posture = "lying on back" if up > 0.6 else "lying on front" if up < -0.6 else "lying on side"
+    else:
+        posture = "toppling"
+
+    concepts = ["robot"]
+    side_of = {"left": 1, "right": -1}
+    hold = []
+    for side in sides:
+        x, y, z = sac_vlmrm.seen_from(data, "torso", f"{side}_hand")
+        y *= side_of[side]  # positive: on its own side
+        hip = np.linalg.norm(pelvis.T @ (geom(f"{side}_hand") - body("pelvis")) - [0, 0.2 * side_of[side], 0.08])
+        if z > 0.2:
+            hold.append("raised")
+        elif hip < 0.14:
+            hold.append("hips")
+        elif y < -0.03 and x > 0.03 and abs(z) < 0.27:
+            hold.append("crossed")
+        elif y < 0.08 and x > 0.08 and abs(z) < 0.3:
+            hold.append("together")
+        elif y > 0.55 and abs(z) < 0.3:
+            hold.append("out")
+        elif x > 0.4 and abs(z) < 0.3:
+            hold.append("forward")
+        else:
+            hold.append("down" if z < -0.25 else "bent")
+    names = {"raised": "arms raised", "hips": "hands on hips", "crossed": "arms crossed", "together": "hands together", "out": "arms out",
+             "forward": "arms forward", "down": "arms down", "bent": "arms bent"}  # fmt: skip
+    arms = names[hold[0]] if hold[0] == hold[1] else "one arm raised" if "raised" in hold else "hands together" if set(hold) == {"crossed", "together"} else None
+    if arms and tilt < 40:
+        concepts.append(arms)
+        if f"{posture}, {arms}" in CONCEPTS:
+            concepts.append(f"{posture}, {arms}")
+    if 28 < tilt < 65 and height > 0.5 and not posture.startswith(("sitting", "bowing")):
+        concepts.append("toppling")
+    return [posture] + [c for c in concepts if c != posture]
+
+
+BODIES = ["torso", "pelvis", "left_shin", "right_shin", "left_foot", "right_foot", "left_lower_arm", "right_lower_arm"]
+
+
+def make_chunk(job):
+    """Frames, concepts and body positions of `count` states; runs in a worker process."""
+    seed, count, image_size, visited = job
+    rng = np.random.default_rng(seed)
+    poser = Poser(rng, image_size)
+    states = list(visited)
+    while len(states) < count:
+        states.extend(poser.sample_motion(int(rng.integers(12, 140))) if rng.random() < 0.06 else [poser.settle(poser.sample_pose(), rng.integers(9)) for _ in range(4)])
+    frames, concepts, positions, labels = [], [], [], []
+    for qpos in states[:count]:
+        concepts.append(describe(poser, qpos))
+        labels.append([bool(is_goal(poser.data)) for is_goal in sac_vlmrm.TASKS.values()])  # only for the report
+        positions.append(np.concatenate([poser.data.body(name).xpos for name in BODIES] + [poser.data.geom(f"{s}_hand").xpos for s in ("left", "right")]))
+        frames.append(poser.env.render_state(qpos).copy())
+    return np.stack(frames), concepts, np.stack(positions).astype(np.float32), np.array(labels)
+
+
+# TRAINING
+def model_config(args):
+    """open_clip's own configuration: a ModifiedResNet with one block per stage, a two-layer text transformer."""
+    return {
+        "model_cfg": {
+            "embed_dim": 128,
+            "vision_cfg": {"image_size": args.image_size, "layers": [1, 1, 1, 1], "width": args.width, "head_width": 64, "patch_size": None},
+            "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+        },
+        "preprocess_cfg": {"size": args.image_size, "mean": [0.5, 0.45, 0.45], "std": [0.25, 0.22, 0.25], "interpolation": "bilinear", "resize_mode": "squash"},
+    }
+
+
+def targets_of(concepts, names):
+    """Soft targets (N, C): which captions are true of a frame, the posture and the most specific ones counting most."""
+    index = {name: i for i, name in enumerate(names)}
+    targets = np.zeros((len(concepts), len(names)), dtype=np.float32)
+    for row, true in enumerate(concepts):
+        for rank, name in enumerate(true):
+            targets[row, index[name]] = 1.0 if rank == 0 or ", " in name else 0.3 if name in ("robot", "pole and cart", "a car in the mountain") else 0.5
+    return targets / targets.sum(1, keepdims=True)
+
+
+def train(args, data, model, preprocess, tokenizer):
+    """CLIP's two-way contrastive loss with soft targets, plus a head that regresses body positions and is dropped afterwards."""
+    frames, targets, positions, balance = data["frames"], torch.as_tensor(data["targets"]), torch.as_tensor(data["positions"]), data["balance"]
+    position_head = nn.Linear(128, positions.shape[1])
+    parameters = [*model.parameters(), *position_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05, fused=True)
+    steps = int(args.passes * len(frames) / args.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.05)
+    rng = np.random.default_rng(args.seed)
+    model.train()
+    progress = tqdm(range(steps), dynamic_ncols=True, mininterval=10)
+    for step in progress:
+        rows = rng.choice(len(frames), args.batch_size, p=balance)
+        images = torch.as_tensor(frames[rows]).permute(0, 3, 1, 2).float() / 255
+        captions = [wordings[rng.integers(len(wordings))].replace("{s}", SUBJECTS[rng.integers(len(SUBJECTS))]) for wordings in data["wordings"]]
+        features = model.encode_image(preprocess(images))  # (B, 128)
+        text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)  # (C, 128)
+        logits = model.logit_scale.exp().clamp(max=20) * F.normalize(features, dim=-1) @ text.T  # (B, C)
+        target = targets[rows]
+        seen = target.sum(0) > 0
+        of_text = (target / target.sum(0).clamp(min=1e-6)).T[seen]  # (C', B)
+        loss_clip = F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits.T[seen], of_text)
+        where = torch.as_tensor(data["is_humanoid"][rows])
+        loss_position = F.smooth_l1_loss(position_head(features)[where], positions[rows][where])
+        loss = loss_clip + 2.0 * loss_position
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(clip=f"{loss_clip.item():.3f}", position=f"{loss_position.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
+    return model.eval()
+
+
+def save(args, model, config, wordings):
+    args.out.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=float(np.log(20)))
+    (args.out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, args.out / "open_clip_model.safetensors")
+    words = {word for texts in wordings for text in texts for word in text.replace("{s}", " ").replace(",", " ").lower().split()}
+    words |= {word for subject in SUBJECTS for word in subject.split()}
+    (args.out / "vocabulary.txt").write_text("\n".join(sorted(words)) + "\n")
+
+
+# REPORT
+def epic_distance(reward, label):
+    """sqrt(1 - rho) / sqrt(2), rho the Pearson correlation of reward and label (paper, section 4.4)."""
+    return float(np.sqrt(max(0, 1 - np.corrcoef(reward, label)[0, 1]) / 2))
+
+
+def report(args, frames, concepts, labels):
+    """Accuracy and EPIC distances on frames that were held out."""
+    names = list(CONCEPTS)
+    clip = sac_vlmrm.CLIPReward(f"local-dir:{args.out}", ["a humanoid robot"], ["a humanoid robot"])
+    embeddings = clip.embed_images(frames)
+    loaded, _, tokenizer = sac_vlmrm.load_clip(f"local-dir:{args.out}", "cpu", "fp32")
+    with torch.inference_mode():
+        text = F.normalize(loaded.encode_text(tokenizer([CONCEPTS[n][0].replace("{s}", "a humanoid robot") for n in names])), dim=-1)
+    postures = sorted({c[0] for c in concepts})
+    best = (embeddings @ text[[names.index(p) for p in postures]].T).argmax(1).numpy()
+    accuracy = float(np.mean([postures[i] == c[0] for i, c in zip(best, concepts)]))
+    result = {"frames": len(frames), "posture_accuracy": accuracy, "postures": len(postures), "epic": {}}
+    print(f"posture named right: {accuracy:.1%} of {len(frames)} held-out frames, {len(postures)} postures")
+    for prompt, task in sac_vlmrm.TASK_PROMPTS.items():
+        label = labels[:, list(sac_vlmrm.TASKS).index(task)]
+        with torch.inference_mode():
+            clip.goal, clip.baseline = (F.normalize(loaded.encode_text(tokenizer([p])), dim=-1)[0] for p in (prompt, "a humanoid robot"))
+        clip.direction = F.normalize(clip.goal - clip.baseline, dim=0)
+        row = {}
+        for clip.alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
+            row[clip.alpha] = epic_distance(clip(embeddings).numpy(), label) if label.any() else None
+        result["epic"][task] = row
+        print(f"EPIC {task:14} {int(label.sum()):5} goal states  " + "  ".join(f"alpha {a}: {d:.3f}" if d is not None else "-" for a, d in row.items()))
+    (args.out / "report.json").write_text(json.dumps({"args": {k: str(v) for k, v in asdict(args).items()}, **result}, indent=2) + "\n")
+
+
+def visited_states(runs, count, rng):
+    """States from the replay buffers of trained policies, most of them from the second half of training; (N, 24)."""
+    states = []
+    for folder in runs:
+        obs = torch.cat([torch.load(chunk, weights_only=True)["next_obs"] for chunk in sorted(folder.glob("replay_*.pt"))])
+        late = rng.integers(len(obs) // 2, len(obs), count * 3 // 4)
+        states.append(obs[np.concatenate([late, rng.integers(0, len(obs), count - len(late))]), :24].numpy())
+    return np.concatenate(states)
+
+
+def main(argv=None):
+    args = tyro.cli(Args, args=argv)
+    started = time.time()
+    print(f"renderer: {sac_vlmrm.pick_gl_backend()}")
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    visited_file = HERE / "visited_states.npz"
+    visited = np.load(visited_file)["qpos"].astype(np.float64) if visited_file.exists() else np.zeros((0, 24))
+    if args.visit:
+        visited = np.concatenate([visited, visited_states(args.visit, args.visit_states, rng)])
+        np.savez_compressed(visited_file, qpos=visited.astype(np.float32))
+    jobs, size = [], 1000
+    for i in range((args.frames + 4000) // size):
+        part = visited[i::args.frames // size][:size] if i < args.frames // size else []
+        jobs.append((args.seed * 100_000 + i, size, args.image_size, part))
+    with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
+        chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc="humanoid frames x 1000"))
+    frames, positions, labels = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 2, 3))
+    concepts = [c for chunk in chunks for c in chunk[1]]
+    held_out = slice(args.frames // size * size, None)
+    test = frames[held_out], concepts[held_out], labels[held_out]
+    frames, concepts, positions = frames[: held_out.start], concepts[: held_out.start], positions[: held_out.start]
+
+    wordings = dict(CONCEPTS)
+    is_humanoid = np.ones(len(frames), dtype=bool)
+    if args.classic_frames:
+        from classic_scenes import classic_examples
+
+        classic, captions = classic_examples(rng, args.classic_frames, args.image_size)
+        wordings |= {text: [text] for texts in captions for text in texts}
+        frames, concepts = np.concatenate([frames, classic]), concepts + captions
+        positions = np.concatenate([positions, np.zeros((len(classic), positions.shape[1]), dtype=np.float32)])
+        is_humanoid = np.concatenate([is_humanoid, np.zeros(len(classic), dtype=bool)])
+    first, counts = np.unique([c[0] for c in concepts], return_counts=True)
+    rarity = dict(zip(first, counts**-0.5))
+    balance = np.array([rarity[c[0]] for c in concepts])
+    mean, std = positions[is_humanoid].mean(0), positions[is_humanoid].std(0)
+    data = {"frames": frames, "targets": targets_of(concepts, list(wordings)), "positions": (positions - mean) / std, "balance": balance / balance.sum(),
+            "wordings": list(wordings.values()), "is_humanoid": is_humanoid}  # fmt: skip
+    print(f"{len(frames)} frames, {len(wordings)} concepts, {time.time() - started:.0f} s")
+
+    config = model_config(args)
+    model = open_clip.CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
+    preprocess = open_clip.image_transform_v2(open_clip.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+    train(args, data, model, preprocess, open_clip.SimpleTokenizer(context_length=24))
+    save(args, model, config, list(wordings.values()))
+    print(f"trained, {time.time() - started:.0f} s in all")
+    report(args, *test)
+
+
+if __name__ == "__main__":
+    main()
