@@ -1,0 +1,162 @@
+"""Hand-made poses of the humanoid: joint angles in degrees, and a helper that puts them on the floor.
+
+Left and right share a name without a side: "knee" sets both knees. Zero is the model's own rest pose: straight legs,
+upper arms forward, elbows bent. hip_y < 0 lifts the thigh forward, hip_x < 0 spreads the legs, hip_z < 0 turns the leg
+outwards, knee < 0 bends it; "pitch" leans the whole robot forward, "roll" tilts it to its right; "height" lifts it (m).
+"""
+
+import mujoco
+import numpy as np
+
+DOWN = {"shoulder1": -10, "shoulder2": 60, "elbow": -85}  # arms hanging at the sides
+UP = {"shoulder1": 60, "shoulder2": -20, "elbow": -80}
+HIPS = {"shoulder1": -47, "shoulder2": 75, "elbow": -12}
+CHEST = {"shoulder1": 64, "shoulder2": -55, "elbow": 12}
+CROSSED = {"shoulder1": -57, "shoulder2": -2, "elbow": -24}
+TOUCHING = {"shoulder1": -50, "shoulder2": 5, "elbow": -24}
+FORWARD = {"shoulder1": -30, "shoulder2": 0, "elbow": -90}
+STAND = {"knee": -2, **DOWN}
+KNEEL = {"knee": -95, **DOWN}  # the feet are thicker than the shins, so at 90 the knees would hang 3 cm above the floor
+LOTUS = {"hip_x": 5, "hip_z": -60, "hip_y": -80, "knee": -160, "abdomen_y": -60, "pitch": 0, **DOWN}
+BELLY = {"hip_x": -25, "hip_z": 17, "hip_y": 20, "knee": -155, "abdomen_y": 30, "pitch": 35, **DOWN}
+HALF_KNEEL = {"left_hip_y": -87, "left_knee": -87, "right_knee": -97, **DOWN}
+ROOT = ("yaw", "pitch", "roll", "height")
+
+
+def qpos_of(model, pose):
+    """qpos (24,) of a pose, with the lowest geom just touching the floor, then lifted by pose["height"]."""
+    angles = {}
+    for name, degrees in pose.items():
+        if name in ROOT:
+            continue
+        if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_JOINT, name) >= 0:
+            angles[name] = degrees
+        else:  # the model's shoulders turn in opposite senses
+            angles |= {f"left_{name}": degrees, f"right_{name}": -degrees if "shoulder" in name else degrees}
+    data = mujoco.MjData(model)
+    data.qpos[:3] = 0, 0, 3
+    mujoco.mju_euler2Quat(data.qpos[3:7], np.radians([pose.get(k, 0) for k in ROOT[:3]]), "zyx")
+    for name, degrees in angles.items():
+        low, high = np.degrees(model.joint(name).range)
+        assert low - 1e-6 <= degrees <= high + 1e-6, f"{name} = {degrees} is outside its limits {low:.0f} .. {high:.0f}"
+        data.joint(name).qpos[0] = np.radians(degrees)
+    mujoco.mj_kinematics(model, data)
+    floor = model.geom("floor").id
+    gaps = [mujoco.mj_geomDistance(model, data, floor, geom, 10, None) for geom in range(model.ngeom) if geom != floor]
+    data.qpos[2] += pose.get("height", 0) - min(gaps)
+    return data.qpos.copy()
+
+
+# For each task: poses that are it, and poses that just miss it, named by what is missing.
+POSES = {
+    "kneeling": (
+        {
+            "upright on the knees": KNEEL,
+            "leaning a little": {**KNEEL, "pitch": 20, "hip_y": -20},
+            "sitting on the heels": {**KNEEL, "hip_y": -62, "knee": -157},
+            "knees apart": {**KNEEL, "hip_x": -20},
+            "arms raised": {**KNEEL, **UP},
+        },
+        {
+            "5 cm in the air": {**KNEEL, "height": 0.05},
+            "on one knee": HALF_KNEEL,
+            "leaning far back": {**KNEEL, "pitch": -45, "knee": -140},
+            "bent far forward": {**KNEEL, "pitch": 50, "hip_y": -50},
+            "on all fours": {**KNEEL, "hip_y": -75, "pitch": 75, **FORWARD},
+            "hands on the floor": {"pitch": 34, "hip_y": -96, "knee": -157, "shoulder1": -40, "shoulder2": 0, "elbow": -90},
+            "on the belly, chest up": BELLY,
+            "crouching": {"hip_y": -100, "knee": -120, "pitch": 20, **DOWN},
+            "standing": STAND,
+        },
+    ),
+    "standing": (
+        {
+            "straight": STAND,
+            "knees a little bent": {**STAND, "hip_y": -20, "knee": -40},
+            "legs apart": {**STAND, "hip_x": -15},
+            "leaning a little": {**STAND, "pitch": 10, "hip_y": -10},
+            "arms raised": {**STAND, **UP},
+        },
+        {
+            "crouching": {**STAND, "hip_y": -60, "knee": -100},
+            "bowing": {**STAND, "hip_y": -50, "pitch": 50},
+            "on one leg": {**STAND, "left_hip_y": -60, "left_knee": -60},
+            "5 cm in the air": {**STAND, "height": 0.05},
+            "kneeling": KNEEL,
+            "lying on its back": {**STAND, "pitch": -90},
+            "upside down": {**STAND, "roll": 180},
+        },
+    ),
+    "arms-raised": (
+        {"both hands up": {**STAND, **UP}, "legs apart": {**STAND, **UP, "hip_x": -15}},
+        {
+            "left hand only": {**STAND, "left_shoulder1": 60, "left_shoulder2": -20, "left_elbow": -80},
+            "right hand only": {**STAND, "right_shoulder1": -60, "right_shoulder2": 20, "right_elbow": -80},
+            "hands in front of the face": {**STAND, **CHEST},
+            "hands at the height of the shoulders": {**STAND, "shoulder1": 15, "shoulder2": 0, "elbow": -60},
+            "on the knees": {**KNEEL, **UP},
+            "arms hanging": STAND,
+        },
+    ),
+    "hands-on-hips": (
+        {"elbows out": {**STAND, **HIPS}},
+        {
+            "left hand only": {**STAND, "left_shoulder1": -47, "left_shoulder2": 75, "left_elbow": -12},
+            "hands on the chest": {**STAND, **CHEST},
+            "arms hanging": STAND,
+            "hands in front of the belly": {**STAND, "shoulder1": -60, "shoulder2": 30, "elbow": 10},
+            "on the knees": {**KNEEL, **HIPS},
+        },
+    ),
+    "arms-crossed": (
+        {"forearms crossed": {**STAND, **CROSSED}},
+        {
+            "hands just touching": {**STAND, **TOUCHING},
+            "left arm only": {**STAND, **{f"left_{k}": v for k, v in CROSSED.items()}},
+            "arms hanging": STAND,
+            "hands on hips": {**STAND, **HIPS},
+            "on the knees": {**KNEEL, **CROSSED},
+        },
+    ),
+    "one-leg": (
+        {
+            "left knee lifted": {**STAND, "left_hip_y": -70, "left_knee": -90},
+            "right foot behind": {**STAND, "right_hip_y": 5, "right_knee": -70},
+            "leg straight out": {**STAND, "left_hip_y": -60},
+        },
+        {
+            "both feet down": STAND,
+            "foot lifted by 5 cm": {**STAND, "left_hip_y": -20, "left_knee": -40},
+            "in the air": {**STAND, "left_hip_y": -70, "left_knee": -90, "height": 0.05},
+            "standing leg deeply bent": {**STAND, "hip_y": -60, "knee": -100, "left_hip_y": -110},
+            "on one knee": HALF_KNEEL,
+        },
+    ),
+    "splits": (
+        {
+            "as wide as the hips go": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, **DOWN},
+            "a little narrower": {"hip_x": 0, "hip_z": -52, "hip_y": -92, "knee": -2, **DOWN},
+        },
+        {
+            "legs 80 degrees apart": {"hip_x": 0, "hip_z": -40, "hip_y": -92, "knee": -2, **DOWN},
+            "legs together": {"hip_y": -92, "knee": -2, **DOWN},
+            "one knee bent": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "left_knee": -60, "abdomen_y": -15, **DOWN},
+            "in the air": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, "height": 0.06, **DOWN},
+            "lying on its back": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, "pitch": -80, **DOWN},
+            "lotus": LOTUS,
+            "standing": STAND,
+        },
+    ),
+    "lotus": (
+        {"feet together": LOTUS, "knees higher": {**LOTUS, "hip_y": -86, "abdomen_y": -50, "pitch": -8}},
+        {
+            "legs stretched": {**LOTUS, "knee": -2},
+            "knees together": {**LOTUS, "hip_z": 0},
+            "in the air": {**LOTUS, "height": 0.06},
+            "lying on its back": {**LOTUS, "pitch": -60},
+            "on the belly, chest up": BELLY,
+            "crouching": {"hip_z": -45, "hip_y": -100, "knee": -140, "pitch": 10, **DOWN},
+            "kneeling": KNEEL,
+        },
+    ),
+}
