@@ -127,8 +127,10 @@ class Args:
     q_lr: float = 6e-4
     policy_frequency: int = 1
     """critic updates per actor update"""
+    alpha: float = 0.1
+    """entropy coefficient to start from; it is tuned automatically"""
     target_entropy: float = -17.0
-    """of the automatic entropy coefficient; the number of actions is 17"""
+    """the entropy it is tuned to (SAC's usual choice: minus the number of actions)"""
     standardize: bool = True
     """scale observations and rewards to mean 0, deviation 1 over the random warm-up steps"""
     layer_norm: bool = True
@@ -142,7 +144,7 @@ class Args:
 PAPER = Args(
     clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
     total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
-    batch_size=512, eval_frequency=128_000, standardize=False, layer_norm=False,
+    batch_size=512, eval_frequency=128_000, alpha=1.0, standardize=False, layer_norm=False,
 )  # fmt: skip
 
 
@@ -349,15 +351,16 @@ def is_side_splits(data):
 
 
 def is_lotus(data):
-    """Seated upright, knees low (12 cm) and wider than the feet by 10 cm on each side, feet drawn in.
+    """Seated upright, knees low and wider than the feet by 10 cm on each side, feet on the floor and drawn in.
 
-    The shin folds only in the thigh's plane, so crossed shins flat on the floor are out of reach.
+    The shin folds only in the thigh's plane, so crossed shins flat on the floor are out of reach: seated with the feet
+    together the knees stay 17 to 24 cm above the floor.
     """
     knees = [seen_from(data, "pelvis", f"{side}_shin") for side in ("left", "right")]
     feet = [seen_from(data, "pelvis", f"{side}_foot") for side in ("left", "right")]
     drawn_in = all(abs(knee[1]) > abs(foot[1]) + 0.1 and np.linalg.norm(foot[:2]) < 0.4 for knee, foot in zip(knees, feet))
-    low = all(clearance(data, "knee", side) < 0.12 for side in ("left", "right"))
-    return clearance(data, "butt") < 0.05 and low and drawn_in and upright(data) > 0.8
+    low = all(clearance(data, "knee", side) < 0.25 for side in ("left", "right"))
+    return clearance(data, "butt") < 0.05 and low and touching(data, "foot") == 2 and drawn_in and upright(data) > 0.8
 
 
 TASKS = {"kneeling": is_kneeling, "lotus": is_lotus, "standing": is_standing, "arms-raised": is_arms_raised, "splits": is_side_splits,
@@ -393,6 +396,12 @@ def pick_gl_backend():
 
 
 # REWARD
+def local_folder(clip_model):
+    """Folder of `local-dir:FOLDER`; looked for beside this script too, so that tiny_clip is found from anywhere."""
+    folder = Path(clip_model.removeprefix("local-dir:")).expanduser()
+    return HERE / folder if not folder.is_dir() and (HERE / folder).is_dir() else folder
+
+
 def load_clip(clip_model, device, precision):
     """Model, image preprocessing and tokenizer of any model that open_clip can load, always with its trained weights.
 
@@ -400,9 +409,7 @@ def load_clip(clip_model, device, precision):
     """
     name, pretrained, preprocess_cfg = clip_model, None, {}
     if clip_model.startswith("local-dir:"):
-        folder = Path(clip_model.removeprefix("local-dir:")).expanduser()
-        if not folder.is_dir() and (HERE / folder).is_dir():
-            folder = HERE / folder
+        folder = local_folder(clip_model)
         check((folder / "open_clip_config.json").is_file(), f"--clip-model {clip_model}: there is no open_clip_config.json in {folder}")
         name = f"local-dir:{folder}"
     elif not clip_model.startswith("hf-hub:"):
@@ -436,8 +443,24 @@ def load_clip(clip_model, device, precision):
     except Exception as error:  # whatever is wrong with a file or a download: torch, safetensors and the hub raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SystemExit(f"error: --clip-model {clip_model} can't be loaded: {reason[:400]}")
-    preprocess = open_clip.image_transform_v2(open_clip.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
+    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
     return model.eval().requires_grad_(False), preprocess, tokenizer
+
+
+def warn_about_prompts(clip_model, tokenizer, prompts):
+    """Say which words of a prompt the model cuts off, or never saw in training (models that ship a vocabulary.txt)."""
+    pad = tokenizer([""])[0, -1]
+    vocabulary = local_folder(clip_model) / "vocabulary.txt"
+    known = set(vocabulary.read_text().split()) if vocabulary.is_file() else None
+    for prompt in prompts:
+        words = prompt.split()
+        lengths = [int((tokenizer([" ".join(words[: n + 1])], context_length=512) != pad).sum()) for n in range(len(words))]
+        cut = [word for word, length in zip(words, lengths) if length > tokenizer.context_length]
+        if cut:
+            print(f"warning: the model reads {tokenizer.context_length} tokens; of \"{prompt}\" it does not see \"{' '.join(cut)}\"")
+        unknown = [word for word in prompt.lower().replace(",", " ").split() if known and word not in known]
+        if unknown:
+            print(f"warning: {clip_model} never saw the words {', '.join(unknown)}: it is no zero-shot model, the reward may mean nothing")
 
 
 class CLIPReward(nn.Module):
@@ -453,6 +476,7 @@ class CLIPReward(nn.Module):
     def __init__(self, clip_model, goal_prompts, baseline_prompts=("a humanoid robot",), alpha=0.0, device="cpu", precision="fp32", batch_size=400):
         super().__init__()
         self.clip, self.preprocess, self.tokenizer = load_clip(clip_model, device, precision)
+        warn_about_prompts(clip_model, self.tokenizer, [*goal_prompts, *(baseline_prompts if alpha > 0 else ())])
         self.alpha, self.device, self.batch_size = alpha, device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         size = self.clip.visual.image_size
@@ -814,7 +838,7 @@ def run(args, run_dir, envs, score, device):
     qf, qf_target = (SoftQNetworks(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(2))
     qf_target.load_state_dict(qf.state_dict())
     qf_target.requires_grad_(False)
-    log_alpha = torch.zeros(1, device=device, requires_grad=True)
+    log_alpha = torch.tensor([args.alpha], device=device).log().requires_grad_()
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
     a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
