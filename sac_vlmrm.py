@@ -17,8 +17,8 @@
 
 Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024.
 
-    python sac_vlmrm.py --prompt "a humanoid robot kneeling"                # 2 CPU cores, offline, with the shipped tiny CLIP
-    python sac_vlmrm.py paper --prompt "a humanoid robot kneeling"          # the paper's set-up: ViT-bigG-14, 10M steps, a GPU
+    python sac_vlmrm.py --prompt "a humanoid robot kneeling"          # 2 CPU cores, offline, with the shipped tiny CLIP
+    python sac_vlmrm.py paper --prompt "a humanoid robot kneeling"    # the paper's set-up: ViT-bigG-14, 10M steps, a GPU
     python sac_vlmrm.py --clip-model ViT-B-32/laion2b_s34b_b79k --prompt "a humanoid robot doing the splits"
     python sac_vlmrm.py --evaluate runs/RUN_NAME                            # 100 episodes, success rate, video
     python sac_vlmrm.py --resume runs/RUN_NAME                              # go on after a crash or Ctrl-C
@@ -40,7 +40,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,6 +56,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.envs.mujoco.humanoid_v5 import DEFAULT_CAMERA_CONFIG, HumanoidEnv
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -79,9 +80,9 @@ class Args:
     reward_batch_size: int = 400
     """frames per forward pass of the image tower"""
     reward: Literal["vlm", "ground-truth"] = "vlm"
-    """ground-truth trains on Gymnasium's own Humanoid reward, which pays for running: a reference for the learner"""
+    """ground-truth: Gymnasium's own Humanoid reward, which pays for running; a reference for the learner"""
     task: str = ""
-    """whose success criterion to report (see TASKS); recognised from the prompt if not given, never seen by the learner"""
+    """whose success to report (see TASKS); recognised from the prompt if not given, never seen by the learner"""
 
     # the picture
     textures: Literal["modified", "original"] = "modified"
@@ -116,11 +117,11 @@ class Args:
     total_timesteps: int = 100_000
     num_envs: int = 4
     learning_starts: int = 5000
-    """steps with time-correlated random actions before the first gradient step"""
-    gradient_steps: int = 200
+    """steps of random, time-correlated actions before the first gradient step"""
+    gradient_steps: int = 400
     """updates per round (one episode of every environment)"""
     buffer_size: int = 200_000
-    batch_size: int = 256
+    batch_size: int = 128
     gamma: float = 0.95
     tau: float = 0.005
     policy_lr: float = 6e-4
@@ -301,7 +302,8 @@ def seen_from(data, body, part):
 
 def is_kneeling(data):
     """Both knees on the floor, torso within 37 degrees of upright, not sitting on the floor, not on all fours."""
-    return touching(data, "knee") == 2 and upright(data) > 0.8 and clearance(data, "butt") > 0.1 and not touching(data, "hand")
+    off_the_floor = clearance(data, "butt") > 0.1 and not touching(data, "hand")
+    return touching(data, "knee") == 2 and upright(data) > 0.8 and off_the_floor
 
 
 def is_tall(data):
@@ -330,7 +332,8 @@ def is_hands_on_hips(data):
 def is_arms_crossed(data):
     """Standing, each hand at least 5 cm past the middle of the chest and in front of it (the joints allow 14 cm)."""
     left, right = seen_from(data, "torso", "left_hand"), seen_from(data, "torso", "right_hand")
-    return is_standing(data) and left[1] < -0.05 and right[1] > 0.05 and min(left[0], right[0]) > 0.05 and max(abs(left[2]), abs(right[2])) < 0.25
+    in_front = all(hand[0] > 0.05 and abs(hand[2]) < 0.25 for hand in (left, right))
+    return is_standing(data) and left[1] < -0.05 and right[1] > 0.05 and in_front
 
 
 def is_on_one_leg(data):
@@ -347,7 +350,8 @@ def is_side_splits(data):
     thighs = [data.body(f"{side}_shin").xpos - data.body(f"{side}_thigh").xpos for side in ("left", "right")]
     cosine = thighs[0] @ thighs[1] / (np.linalg.norm(thighs[0]) * np.linalg.norm(thighs[1]))
     straight = all(data.joint(f"{side}_knee").qpos[0] > np.radians(-30) for side in ("left", "right"))
-    return clearance(data, "butt") < 0.05 and touching(data, "foot") == 2 and straight and cosine < 0.0 and upright(data) > 0.5
+    seated = clearance(data, "butt") < 0.05 and upright(data) > 0.5
+    return seated and touching(data, "foot") == 2 and straight and cosine < 0
 
 
 def is_lotus(data):
@@ -358,13 +362,15 @@ def is_lotus(data):
     """
     knees = [seen_from(data, "pelvis", f"{side}_shin") for side in ("left", "right")]
     feet = [seen_from(data, "pelvis", f"{side}_foot") for side in ("left", "right")]
-    drawn_in = all(abs(knee[1]) > abs(foot[1]) + 0.1 and np.linalg.norm(foot[:2]) < 0.4 for knee, foot in zip(knees, feet))
+    drawn_in = all(abs(k[1]) > abs(f[1]) + 0.1 and np.linalg.norm(f[:2]) < 0.4 for k, f in zip(knees, feet))
     low = all(clearance(data, "knee", side) < 0.25 for side in ("left", "right"))
-    return clearance(data, "butt") < 0.05 and low and touching(data, "foot") == 2 and drawn_in and upright(data) > 0.8
+    seated = clearance(data, "butt") < 0.05 and upright(data) > 0.8
+    return seated and low and touching(data, "foot") == 2 and drawn_in
 
 
-TASKS = {"kneeling": is_kneeling, "lotus": is_lotus, "standing": is_standing, "arms-raised": is_arms_raised, "splits": is_side_splits,
-         "hands-on-hips": is_hands_on_hips, "arms-crossed": is_arms_crossed, "one-leg": is_on_one_leg}  # fmt: skip
+TASKS = {"kneeling": is_kneeling, "lotus": is_lotus, "standing": is_standing, "arms-raised": is_arms_raised,
+         "splits": is_side_splits, "hands-on-hips": is_hands_on_hips, "arms-crossed": is_arms_crossed,
+         "one-leg": is_on_one_leg}  # fmt: skip
 TASK_PROMPTS = {  # Table 3 of the paper
     "a humanoid robot kneeling": "kneeling",
     "a humanoid robot seated down, meditating in the lotus position": "lotus",
@@ -385,14 +391,16 @@ def pick_gl_backend():
              "print('renderer:', GL.glGetString(GL.GL_RENDERER).decode())")  # fmt: skip
     for backend in [asked] if asked else ["egl", "osmesa"] if headless else ["glfw", "egl", "osmesa"]:
         # in a process of its own: a failed import of one backend spoils the next, and a bad driver may crash
-        result = subprocess.run([sys.executable, "-c", probe], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True)
+        environ = {**os.environ, "MUJOCO_GL": backend}
+        result = subprocess.run([sys.executable, "-c", probe], env=environ, capture_output=True, text=True)
         if result.returncode == 0 and "renderer:" in result.stdout:
             os.environ["MUJOCO_GL"] = backend
             renderer = result.stdout.split("renderer:")[1].strip()
             software = any(word in renderer.lower() for word in ("llvmpipe", "softpipe", "swrast", "swiftshader"))
-            return f"{renderer} through {backend}" + (": a software rasteriser, a GPU would draw many times faster" if software else "")
-    check(not asked, f"MUJOCO_GL={asked} does not work on this machine; unset it to let the script choose, or try egl, osmesa or glfw")
-    check(False, "no OpenGL for offscreen rendering; on Debian or Ubuntu: apt-get install libegl1 (or libosmesa6 for CPUs without EGL)")
+            note = ": a software rasteriser, a GPU would draw many times faster" if software else ""
+            return f"{renderer} through {backend}{note}"
+    check(not asked, f"MUJOCO_GL={asked} does not work here; unset it to let the script choose, or try egl, osmesa or glfw")
+    check(False, "no OpenGL for offscreen rendering; on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri")
 
 
 # REWARD
@@ -403,64 +411,61 @@ def local_folder(clip_model):
 
 
 def load_clip(clip_model, device, precision):
-    """Model, image preprocessing and tokenizer of any model that open_clip can load, always with its trained weights.
+    """Model, preprocessing and tokenizer of any model that open_clip can load, always with its trained weights.
 
-    `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER. Ends the program if it can't be loaded as it was trained.
+    `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER. Ends the program with one line if the model
+    can't be loaded just as it was trained.
     """
-    name, pretrained, preprocess_cfg = clip_model, None, {}
+    where, name, pretrained, preprocess_cfg = f"--clip-model {clip_model}:", clip_model, None, {}
     if clip_model.startswith("local-dir:"):
         folder = local_folder(clip_model)
-        check((folder / "open_clip_config.json").is_file(), f"--clip-model {clip_model}: there is no open_clip_config.json in {folder}")
+        check((folder / "open_clip_config.json").is_file(), f"{where} there is no open_clip_config.json in {folder}")
         name = f"local-dir:{folder}"
     elif not clip_model.startswith("hf-hub:"):
         name, _, pretrained = clip_model.partition("/")
-        check(name in open_clip.list_models(), f"--clip-model {clip_model}: open_clip knows no model '{name}'; "
-              "give NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, where open_clip.list_pretrained() lists all NAME and TAG")  # fmt: skip
+        check(name in open_clip.list_models(), f"{where} open_clip knows no model '{name}'; give NAME/TAG, NAME/FILE, "
+              "hf-hub:ORG/REPO or local-dir:FOLDER; open_clip.list_pretrained() lists all NAME and TAG")  # fmt: skip
         tags = open_clip.list_pretrained_tags_by_model(name)
-        check(pretrained in tags or Path(pretrained).is_file(), f"--clip-model {clip_model}: '{pretrained}' is neither a file nor one of "
-              f"the weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
+        check(pretrained in tags or Path(pretrained).is_file(), f"{where} '{pretrained}' is neither a file nor one of the "
+              f"weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
         if pretrained in tags:
             quick_gelu = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+            other = name.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
             check(quick_gelu == open_clip.get_model_config(name).get("quick_gelu", False),
-                  f"--clip-model {clip_model}: these weights were trained with {'QuickGELU' if quick_gelu else 'GELU'}, the architecture is built "
-                  f"with the other; use {name.removesuffix('-quickgelu') + ('-quickgelu' if quick_gelu else '')}/{pretrained}")  # fmt: skip
-        elif tags:  # a file says nothing of how its pictures were normalised: ask the weights published for the architecture
+                  f"{where} these weights were trained with another activation; use {other}/{pretrained}")  # fmt: skip
+        elif tags:  # a file does not say how its pictures were normalised: ask the weights published for this architecture
             keys = ("mean", "std", "interpolation", "resize_mode")
-            ways = [{k: open_clip.get_pretrained_cfg(name, tag).get(k) for k in keys} for tag in tags]
-            check(all(way == ways[0] for way in ways), f"--clip-model {clip_model}: the published weights of {name} normalise their pictures in "
-                  "different ways, and the file does not say which is its own; put it into a folder with an open_clip_config.json that does, and use local-dir:FOLDER")  # fmt: skip
-            preprocess_cfg = {k: v for k, v in ways[0].items() if v is not None}
+            ways = [{key: open_clip.get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in tags]
+            check(all(way == ways[0] for way in ways), f"{where} the published weights of {name} normalise pictures in several "
+                  "ways, a file does not say which; put it beside an open_clip_config.json and use local-dir:FOLDER")  # fmt: skip
+            preprocess_cfg = {key: value for key, value in ways[0].items() if value is not None}
     try:
         tokenizer = open_clip.get_tokenizer(name)
-    except ImportError as error:
-        raise SystemExit(f"error: --clip-model {clip_model}: its tokenizer needs another package (pip install transformers sentencepiece): {error}")
-    except Exception as error:
-        raise SystemExit(f"error: --clip-model {clip_model}: its tokenizer can't be loaded: {str(error).strip().splitlines()[0]}")
-    try:
         model = open_clip.create_model(
-            name, pretrained=pretrained, precision=precision, device=device, force_preprocess_cfg=preprocess_cfg, require_pretrained=True
+            name, pretrained, precision=precision, device=device, force_preprocess_cfg=preprocess_cfg, require_pretrained=True
         )
-    except Exception as error:  # whatever is wrong with a file or a download: torch, safetensors and the hub raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"error: --clip-model {clip_model} can't be loaded: {reason[:400]}")
-    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
+    except ImportError as error:
+        raise SystemExit(f"error: {where} its tokenizer needs a package: pip install transformers sentencepiece ({error})")
+    except Exception as error:  # a missing, broken or foreign file, a failed download: each library raises its own kinds
+        raise SystemExit(f"error: {where} can't be loaded: {(str(error).strip() or repr(error)).splitlines()[0][:300]}")
+    preprocess_cfg = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
+    preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
     return model.eval().requires_grad_(False), preprocess, tokenizer
 
 
 def warn_about_prompts(clip_model, tokenizer, prompts):
     """Say which words of a prompt the model cuts off, or never saw in training (models that ship a vocabulary.txt)."""
-    pad = tokenizer([""])[0, -1]
     vocabulary = local_folder(clip_model) / "vocabulary.txt"
     known = set(vocabulary.read_text().split()) if vocabulary.is_file() else None
     for prompt in prompts:
-        words = prompt.split()
-        lengths = [int((tokenizer([" ".join(words[: n + 1])], context_length=512) != pad).sum()) for n in range(len(words))]
-        cut = [word for word, length in zip(words, lengths) if length > tokenizer.context_length]
+        words, reads = prompt.split(), tokenizer.context_length
+        tokens = [tokenizer([" ".join(words[: n + 1])], context_length=512)[0] for n in range(len(words))]
+        cut = [word for word, t in zip(words, tokens) if (t != tokenizer([""])[0, -1]).sum() > reads]
         if cut:
-            print(f"warning: the model reads {tokenizer.context_length} tokens; of \"{prompt}\" it does not see \"{' '.join(cut)}\"")
+            print(f'warning: the model reads {reads} tokens; of "{prompt}" it does not see "{" ".join(cut)}"')
         unknown = [word for word in prompt.lower().replace(",", " ").split() if known and word not in known]
         if unknown:
-            print(f"warning: {clip_model} never saw the words {', '.join(unknown)}: it is no zero-shot model, the reward may mean nothing")
+            print(f"warning: {clip_model} never saw the words {', '.join(unknown)}, and is no zero-shot model")
 
 
 class CLIPReward(nn.Module):
@@ -473,18 +478,19 @@ class CLIPReward(nn.Module):
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """
 
-    def __init__(self, clip_model, goal_prompts, baseline_prompts=("a humanoid robot",), alpha=0.0, device="cpu", precision="fp32", batch_size=400):
+    def __init__(self, clip_model, goal_prompts, baseline_prompts=("a humanoid robot",), alpha=0.0, device="cpu",
+                 precision="fp32", batch_size=400):  # fmt: skip
         super().__init__()
         self.clip, self.preprocess, self.tokenizer = load_clip(clip_model, device, precision)
         warn_about_prompts(clip_model, self.tokenizer, [*goal_prompts, *(baseline_prompts if alpha > 0 else ())])
         self.alpha, self.device, self.batch_size = alpha, device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
-        size = self.clip.visual.image_size
-        self.image_size = size if isinstance(size, int) else size[0]
+        self.image_size = np.ravel(self.clip.visual.image_size)[0].item()  # an int or a pair, depending on the model
         self.register_buffer("goal", self.embed_prompts(goal_prompts))  # (D,)
         self.register_buffer("baseline", self.embed_prompts(baseline_prompts))  # (D,)
         d = self.goal - self.baseline
-        check(alpha == 0 or d.norm() > 1e-6, "goal and baseline prompt mean the same to this model: there is no direction to project on; change one of them or use --clip-alpha 0")
+        check(alpha == 0 or d.norm() > 1e-6, "goal and baseline prompt mean the same to this model, so there is no "
+              "direction to project on; change one of them or use --clip-alpha 0")  # fmt: skip
         self.register_buffer("direction", d / d.norm().clamp(min=1e-12))  # (D,)
         for name, _ in [*self.clip.named_children(), *self.clip.named_parameters(recurse=False)]:
             if name != "visual":  # the prompts are embedded, so the text tower has done its work
@@ -531,36 +537,22 @@ class Standardize(nn.Module):
         return (x - self.mean) / self.std
 
 
-class EnsembleLinear(nn.Module):
-    """Two linear layers evaluated as one batched product: (2, B, in) -> (2, B, out)."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        layers = [nn.Linear(n_in, n_out) for _ in range(2)]  # nn.Linear's own initialisation
-        self.weight = nn.Parameter(torch.stack([layer.weight.data.T for layer in layers]))  # (2, in, out)
-        self.bias = nn.Parameter(torch.stack([layer.bias.data[None] for layer in layers]))  # (2, 1, out)
-
-    def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class SoftQNetworks(nn.Module):
-    """The two critics qf1 and qf2: obs (B, O), action (B, A) -> (2, B)."""
+class SoftQNetwork(nn.Module):
+    """Critic: obs (B, O), action (B, A) -> value (B,)."""
 
     def __init__(self, obs_dim, action_dim, layer_norm):
         super().__init__()
-        norm = lambda: [nn.LayerNorm(256)] if layer_norm else []  # noqa: E731
+        norm = nn.LayerNorm if layer_norm else nn.Identity
         self.net = nn.Sequential(
-            EnsembleLinear(obs_dim + action_dim, 256), *norm(), nn.ReLU(),
-            EnsembleLinear(256, 256), *norm(), nn.ReLU(), EnsembleLinear(256, 1),
-        )  # fmt: skip
+            nn.Linear(obs_dim + action_dim, 256), norm(256), nn.ReLU(), nn.Linear(256, 256), norm(256), nn.ReLU(), nn.Linear(256, 1)
+        )
 
     def forward(self, obs, action):
-        return self.net(torch.cat([obs, action], -1).expand(2, -1, -1)).squeeze(-1)
+        return self.net(torch.cat([obs, action], -1)).squeeze(-1)
 
 
 class Actor(nn.Module):
-    """Tanh-squashed Gaussian policy; the action is in [-1, 1] and is scaled to the joints' torques by the caller."""
+    """Tanh-squashed Gaussian policy; the action is in [-1, 1] and is scaled to the joints' torques by `rollout`."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
@@ -584,50 +576,10 @@ class Actor(nn.Module):
         return torch.tanh(self(obs)[0])
 
 
-class ReplayBuffer:
-    """Ring buffer of transitions. Saving appends what is new since the last time as one chunk file, so that saving a
-    million transitions is neither a pause nor a second copy in memory; chunks that the ring has overwritten are deleted."""
-
-    def __init__(self, size, obs_dim, action_dim, device):
-        self.size, self.total, self.saved = size, 0, 0  # total: transitions ever added
-        zeros = lambda *shape: torch.zeros(size, *shape, device=device)  # noqa: E731
-        self.data = {"obs": zeros(obs_dim), "actions": zeros(action_dim), "next_obs": zeros(obs_dim), "rewards": zeros()}
-
-    def __len__(self):
-        return min(self.total, self.size)
-
-    def add(self, **transitions):
-        count = len(transitions["rewards"])
-        rows = torch.arange(self.total, self.total + count) % self.size
-        for key, values in transitions.items():
-            self.data[key][rows] = torch.as_tensor(values, dtype=torch.float32, device=self.data[key].device)
-        self.total += count
-
-    def sample(self, batch_size):
-        rows = torch.randint(len(self), (batch_size,), device=self.data["rewards"].device)
-        return {key: values[rows] for key, values in self.data.items()}
-
-    def save(self, folder, previous_total):
-        """Append a chunk. `previous_total`: that of the older checkpoint, which must stay loadable."""
-        rows = torch.arange(max(self.saved, self.total - self.size), self.total)
-        atomic_save({key: values[rows % self.size].cpu() for key, values in self.data.items()}, folder / f"replay_{self.saved:09d}_{self.total:09d}.pt")
-        self.saved = self.total
-        for chunk in folder.glob("replay_*.pt"):
-            if int(chunk.stem.split("_")[2]) <= previous_total - self.size:
-                chunk.unlink()
-
-    def load(self, folder, total):
-        """Read the chunks up to `total` transitions; later ones, of a run that was killed before its checkpoint, are removed."""
-        for chunk in sorted(folder.glob("replay_*.pt")):
-            start, stop = (int(number) for number in chunk.stem.split("_")[1:])
-            if stop > total:
-                chunk.unlink()
-                continue
-            transitions = torch.load(chunk, weights_only=True)
-            self.total = stop - len(transitions["rewards"])
-            self.add(**transitions)
-        self.saved = self.total
-        check(self.total == total, f"the replay chunks in {folder} end at {self.total} transitions, the checkpoint needs {total}")
+@torch.inference_mode()
+def act(policy, standardize, obs):
+    """Actions (N, 17) of a policy, as numpy."""
+    return policy(standardize(torch.as_tensor(obs, device=standardize.mean.device))).cpu().numpy()
 
 
 def atomic_save(state, path):
@@ -640,12 +592,58 @@ def atomic_save(state, path):
     os.replace(aside, path)
 
 
+class ReplayBuffer:
+    """Ring buffer of transitions. Saving appends what is new since the last time as one chunk file, so that a million
+    transitions are neither a pause nor a second copy in memory; chunks that the ring has overwritten are deleted."""
+
+    def __init__(self, size, obs_dim, action_dim, device):
+        self.size, self.total, self.saved = size, 0, 0  # total: transitions ever added
+        shapes = {"obs": (obs_dim,), "actions": (action_dim,), "next_obs": (obs_dim,), "rewards": ()}
+        self.data = {key: torch.zeros(size, *shape, device=device) for key, shape in shapes.items()}
+
+    def __len__(self):
+        return min(self.total, self.size)
+
+    def add(self, **transitions):
+        rows = torch.arange(self.total, self.total + len(transitions["rewards"])) % self.size
+        for key, values in transitions.items():
+            self.data[key][rows] = torch.as_tensor(values, dtype=torch.float32, device=self.data[key].device)
+        self.total += len(rows)
+
+    def sample(self, batch_size):
+        rows = torch.randint(len(self), (batch_size,), device=self.data["rewards"].device)
+        return {key: values[rows] for key, values in self.data.items()}
+
+    def save(self, folder, previous_total):
+        """Append a chunk. `previous_total`: that of the older checkpoint, which must stay loadable."""
+        rows = torch.arange(max(self.saved, self.total - self.size), self.total) % self.size
+        chunk = {key: values[rows].cpu() for key, values in self.data.items()}
+        atomic_save(chunk, folder / f"replay_{self.saved:09d}_{self.total:09d}.pt")
+        self.saved = self.total
+        for old in folder.glob("replay_*.pt"):
+            if int(old.stem.split("_")[2]) <= previous_total - self.size:
+                old.unlink()
+
+    def load(self, folder, total):
+        """Read the chunks up to `total`; later ones, of a run killed before its checkpoint, are removed."""
+        for path in sorted(folder.glob("replay_*.pt")):
+            stop = int(path.stem.split("_")[2])
+            if stop > total:
+                path.unlink()
+                continue
+            chunk = torch.load(path, weights_only=True)
+            self.total = stop - len(chunk["rewards"])
+            self.add(**chunk)
+        check(self.total == total, f"{folder}: the replay chunks end at step {self.total}, the checkpoint is at {total}")
+        self.saved = self.total
+
+
 # EVALUATION
 def rollout(envs, policy, seeds):
-    """One whole episode in every environment, reset together. `policy`: obs (N, 47) fp32 -> actions (N, 17) in [-1, 1].
+    """One whole episode in every environment, reset together. `policy`: obs (N, 47) fp32 -> actions (N, 17).
 
-    Returns arrays with leading axes (T, N): obs, next_obs, actions, frames (uint8, what the camera sees after the step),
-    env_rewards (Gymnasium's own) and success (bool).
+    Returns arrays with leading axes (T, N): obs, actions, next_obs, env_rewards (Gymnasium's own), success (bool), and
+    frames (T, N, H, W, 3) uint8, what the camera sees after the step.
     """
     states, _ = envs.reset(seed=seeds)
     obs = states["state"].astype(np.float32)
@@ -663,7 +661,7 @@ def rollout(envs, policy, seeds):
 
 
 def evaluate(envs, policy, score, episodes, seed):
-    """Run `episodes` episodes. Returns arrays with leading axis (E,): returns, success (E, T) bool, qpos (E, T, 24)."""
+    """Run episodes. Returns arrays with leading axis (E,): returns, success (E, T) bool, qpos (E, T, 24)."""
     parts = []
     for first in range(0, episodes, envs.num_envs):
         steps = rollout(envs, policy, [seed + first + i for i in range(envs.num_envs)])
@@ -673,199 +671,187 @@ def evaluate(envs, policy, score, episodes, seed):
 
 
 def success_rate(success):
-    """Share of episodes in the goal state for at least half of their steps (paper, section 4.3). success: (E, T) bool."""
+    """Share of episodes in the goal state for at least half of their steps (paper, section 4.3); (E, T) bool."""
     return float((success.mean(1) >= 0.5).mean())
 
 
-def draw(args, result, path, size, rows, columns, every):
-    """Frames (F, rows * size, columns * size, 3) of the first episodes, or a sheet of one episode per row, framed in green
-    while the robot is in the goal state."""
+def film(args, result, episodes, every, size):
+    """Frames (E, T / every, size, size, 3) of the first episodes, with shadows, edged in green in the goal state."""
     camera = VLMHumanoid(size, args.textures, args.camera, shadows=True)
-    steps = range(every - 1, EPISODE_LENGTH, every)
-    episodes = rows if columns == len(steps) else rows * columns
-    frames = np.zeros((episodes, len(steps), size, size, 3), dtype=np.uint8)
-    for episode in range(min(episodes, len(result["qpos"]))):
-        for i, t in enumerate(steps):
-            frame = camera.render_state(result["qpos"][episode, t]).copy()
-            if result["success"][episode, t]:
-                frame[:3] = frame[-3:] = frame[:, :3] = frame[:, -3:] = (40, 200, 80)
-            frames[episode, i] = frame
+    shown = np.s_[:episodes, every - 1 :: every]
+    frames = np.stack([[camera.render_state(qpos).copy() for qpos in episode] for episode in result["qpos"][shown]])
     camera.close()
-    if columns == len(steps):
-        iio.imwrite(path, frames.swapaxes(1, 2).reshape(rows * size, columns * size, 3))
-    else:
-        tiles = frames.reshape(rows, columns, len(steps), size, size, 3).transpose(2, 0, 3, 1, 4, 5)
-        iio.imwrite(path, tiles.reshape(len(steps), rows * size, columns * size, 3), fps=33, macro_block_size=1)  # half speed
+    edge = np.ones((size, size), dtype=bool)
+    edge[3:-3, 3:-3] = False
+    frames[result["success"][shown][..., None, None] & edge] = (40, 200, 80)
+    return frames
 
 
-def final_evaluation(args, run_dir, envs, score, actor, standardize, device):
-    """Success and return of the best policy, of doing nothing and of acting at random; json, video and contact sheet."""
-    best = torch.load(run_dir / "best.pt", map_location=device, weights_only=True)
+def write_video(path, frames):
+    """Episodes side by side, at half speed. frames: (E, T, H, W, 3)."""
+    episodes, steps, height, width, _ = frames.shape
+    iio.imwrite(path, frames.transpose(1, 2, 0, 3, 4).reshape(steps, height, episodes * width, 3), fps=33)
+
+
+def final_evaluation(args, run_dir, envs, score, actor, standardize):
+    """Success and return of the best policy, of doing nothing and of random actions; json, video, contact sheet."""
+    best = torch.load(run_dir / "best.pt", map_location=args.device, weights_only=True)
     actor.load_state_dict(best["actor"])
     standardize.load_state_dict(best["standardize"])
     shape = (envs.num_envs, envs.single_action_space.shape[0])
     policies = {
-        "mean action": lambda obs: act(actor.mean_action, standardize, obs, device),
-        "sampled action": lambda obs: act(lambda x: actor.get_action(x)[0], standardize, obs, device),
+        "mean action": lambda obs: act(actor.mean_action, standardize, obs),
+        "sampled action": lambda obs: act(lambda x: actor.get_action(x)[0], standardize, obs),
         "zero action": lambda obs: np.zeros(shape, dtype=np.float32),
         "random action": lambda obs: torch.rand(shape).numpy() * 2 - 1,
     }
-    summary = {"run": run_dir.name, "prompt": args.prompt, "task": args.task, "best_step": best["global_step"], "episodes": args.eval_episodes}
-    print(f"{'':16}{'success':>9}{'in goal':>9}{'return':>9}   over {args.eval_episodes} episodes of the policy of step {best['global_step']}")
+    summary = {"prompt": args.prompt, "task": args.task, "episodes": args.eval_episodes, "step": best["global_step"]}
+    print(f"{args.eval_episodes} episodes of the policy of step {best['global_step']}")
     for name, policy in policies.items():
         torch.manual_seed(0)
         result = evaluate(envs, policy, score, args.eval_episodes, seed=1_000_000)
-        summary[name] = {"return": float(result["returns"].mean())}
+        row = {"return": float(result["returns"].mean())}
         if args.task:
-            summary[name] |= {"success_rate": success_rate(result["success"]), "share_in_goal": float(result["success"].mean())}
+            row |= {"success_rate": success_rate(result["success"]), "share_in_goal": float(result["success"].mean())}
+        print(f"{name:15}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+        summary[name] = row
         if name == "mean action":
-            draw(args, result, run_dir / "eval.mp4", size=240, rows=2, columns=3, every=1)
-            draw(args, result, run_dir / "eval.png", size=120, rows=6, columns=10, every=10)
-        numbers = [f"{summary[name][key]:9.0%}" if args.task else f"{'-':>9}" for key in ("success_rate", "share_in_goal")]
-        print(f"{name:16}{''.join(numbers)}{summary[name]['return']:9.2f}")
+            write_video(run_dir / "eval.mp4", film(args, result, episodes=4, every=1, size=240))
+            sheet = film(args, result, episodes=6, every=10, size=120)  # a row per episode
+            iio.imwrite(run_dir / "eval.png", np.concatenate([np.concatenate(row, axis=1) for row in sheet]))
     (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"wrote {run_dir}/eval.json, eval.mp4 and eval.png")
     return summary
 
 
-@torch.inference_mode()
-def act(policy, standardize, obs, device):
-    """Actions of a policy as numpy, (N, 17)."""
-    return policy(standardize(torch.as_tensor(obs, device=device))).cpu().numpy()
-
-
-def plot_curves(history, path, reward):
-    """Return and success against steps, one point per round."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    steps, returns, success = zip(*history)
-    axes[0].plot(steps, returns, linewidth=0.8)
-    axes[0].set(xlabel="step", title="VLM return per episode" if reward == "vlm" else "return per episode")
-    axes[1].plot(steps, success, linewidth=0.8, color="tab:green")
-    axes[1].set(xlabel="step", title="success rate while training (sampled actions)", ylim=(-0.02, 1.02))
-    figure.tight_layout()
+def plot_curves(history, path):
+    """Return and success of the training episodes against steps, one point per round."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    steps, *curves = zip(*history)
+    for axis, title, curve in zip(figure.subplots(1, 2), ("return per episode", "success rate, sampled actions"), curves):
+        axis.plot(steps, curve, linewidth=0.8)
+        axis.set(xlabel="step", title=title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def parse_args(argv):
     """Flags from the command line: the defaults, the paper's set-up, or those of the run to resume or evaluate."""
-    default = PAPER if argv[:1] == ["paper"] else Args()
-    argv = argv[1:] if argv[:1] == ["paper"] else argv
+    default, argv = (PAPER, argv[1:]) if argv[:1] == ["paper"] else (Args(), argv)
     args = tyro.cli(Args, default=default, args=argv)
     check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
     if args.resume or args.evaluate:
         run_dir = Path(args.resume or args.evaluate)
         check((run_dir / "args.json").is_file(), f"{run_dir} is not a run folder: it has no args.json")
         saved = json.loads((run_dir / "args.json").read_text())["args"]
-        saved = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        saved = Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
         args = tyro.cli(Args, default=saved, args=argv)
-        if args.resume:
-            free = {"resume", "device", "total_timesteps", "track", "eval_episodes"}
-            changed = [f"--{f.name.replace('_', '-')}" for f in fields(Args) if f.name not in free and getattr(args, f.name) != getattr(saved, f.name)]
-            check(not changed, f"{', '.join(changed)} would change the experiment; --resume goes on with the run's own flags")
-            check(args.total_timesteps >= saved.total_timesteps, f"--total-timesteps can only be raised, the run has {saved.total_timesteps}")
+        free = {"resume", "device", "total_timesteps", "track", "eval_episodes"}
+        changed = [key for key, value in asdict(args).items() if value != getattr(saved, key) and key not in free]
+        check(not args.resume or not changed, f"--resume goes on with the run's own flags; changed: {', '.join(changed)}")
+        check(args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
     if args.reward == "vlm":
-        check(args.prompt and all(p.strip() for p in args.prompt), 'tell the robot what to do, e.g. --prompt "a humanoid robot kneeling"')
         args.baseline_prompt = args.baseline_prompt or ("a humanoid robot",)
-        check(all(p.strip() for p in args.baseline_prompt), "--baseline-prompt is empty")
-    args.task = args.task or next((TASK_PROMPTS[p] for p in args.prompt if p in TASK_PROMPTS), "")
+        check(args.prompt, 'tell the robot what to do, e.g. --prompt "a humanoid robot kneeling"')
+        check(all(prompt.strip() for prompt in args.prompt + args.baseline_prompt), "a prompt is empty")
+    args.task = args.task or next((TASK_PROMPTS[prompt] for prompt in args.prompt if prompt in TASK_PROMPTS), "")
     check(not args.task or args.task in TASKS, f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
     check(0 <= args.clip_alpha <= 1, f"--clip-alpha {args.clip_alpha} is not between 0 and 1")
-    for name in ("total_timesteps", "num_envs", "gradient_steps", "buffer_size", "batch_size", "reward_batch_size", "eval_episodes", "select_episodes", "eval_frequency", "policy_frequency"):
-        check(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be at least 1")
-    check(args.image_size >= 0, "--image-size must be positive, or 0 for the size the VLM takes")
+    for key, value in asdict(args).items():
+        positive = type(value) in (int, float) and key not in ("seed", "image_size", "clip_alpha", "target_entropy", "learning_starts")
+        check(not positive or value > 0, f"--{key.replace('_', '-')} must be positive")
+    check(args.image_size >= 0 and args.learning_starts >= 0, "--image-size and --learning-starts can't be negative")
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
-    check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, f"--buffer-size must hold one round, {args.num_envs * EPISODE_LENGTH} steps")
-    check(args.evaluate or args.learning_starts < args.total_timesteps, "--learning-starts is not below --total-timesteps: nothing would be learnt")
+    check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is smaller than one episode of every environment")
+    check(args.evaluate or args.learning_starts < args.total_timesteps, "--learning-starts is not below --total-timesteps")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU here; use --device cpu")
-    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: PyTorch sees no Apple GPU here; use --device cpu")
-    check(args.clip_precision == "fp32" or args.device != "cpu", f"--clip-precision {args.clip_precision} needs a GPU; use fp32 on the CPU")
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu")
+    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: there is no Apple GPU; use --device cpu")
+    check(args.clip_precision == "fp32" or args.device != "cpu", f"--clip-precision {args.clip_precision} needs a GPU")
     return args
 
 
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    run_dir = Path(args.resume or args.evaluate or "")
+    run_dir = Path(args.resume or args.evaluate)
     if not (args.resume or args.evaluate):
         args.run_name = args.run_name or f"humanoid-{args.task or 'prompt'}__sac_vlmrm__{args.seed}__{int(time.time())}"
         run_dir = Path("runs") / args.run_name
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
-
-    # reward model: first, so that a wrong name costs seconds
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
+
+    # reward model: before the environments, so that a wrong name costs seconds
     clip_reward, image_size = None, args.image_size or 224
     if args.reward == "vlm":
-        clip_reward = CLIPReward(args.clip_model, args.prompt, args.baseline_prompt, args.clip_alpha, device, args.clip_precision, args.reward_batch_size)
+        clip_reward = CLIPReward(args.clip_model, args.prompt, args.baseline_prompt, args.clip_alpha, args.device,
+                                 args.clip_precision, args.reward_batch_size)  # fmt: skip
         image_size = args.image_size or clip_reward.image_size
 
     def score(steps):
         """Rewards (T, N) of a rollout: of its frames, in batches."""
         if clip_reward is None:
             return steps["env_rewards"].astype(np.float32)
-        frames = steps["frames"]
+        frames = steps["frames"]  # (T, N, H, W, 3)
         return clip_reward(clip_reward.embed_images(frames.reshape(-1, *frames.shape[2:]))).cpu().numpy().reshape(frames.shape[:2])
 
     # env setup
     print(f"renderer: {pick_gl_backend()}")
-    print(f"task: {args.task}" if args.task else "task: not one of TASKS, so no success rate; the VLM reward is all there is to judge by")
+    print(f"task: {args.task or 'not one of TASKS, so there is no success rate, only the reward'}")
     env_fn = make_env(image_size, args.textures, args.camera, args.shadows, args.task)
-    envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    disabled = gym.vector.AutoresetMode.DISABLED  # all episodes end together, and are reset together
+    envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False, autoreset_mode=disabled)
     try:
-        return run(args, run_dir, envs, score, device)
+        return run(args, run_dir, envs, score)
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         raise SystemExit(f"error: an environment process died ({type(error).__name__}); go on with --resume {run_dir}")
     finally:
         envs.close(terminate=True)
 
 
-def run(args, run_dir, envs, score, device):
-    """Train (or only evaluate) and return the summary of the final evaluation."""
+def run(args, run_dir, envs, score):
+    """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
+    device = torch.device(args.device)
     obs_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
     actor = Actor(obs_dim, action_dim).to(device)
     standardize, standardize_reward = Standardize(obs_dim).to(device), Standardize(1).to(device)
     if args.evaluate:
-        check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt yet: the run has not reached its first checkpoint")
-        return final_evaluation(args, run_dir, envs, score, actor, standardize, device)
+        check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: the run has not reached its first checkpoint")
+        return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
-    qf, qf_target = (SoftQNetworks(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(2))
-    qf_target.load_state_dict(qf.state_dict())
-    qf_target.requires_grad_(False)
+    qf1, qf2, qf1_target, qf2_target = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(4))
+    qf1_target.load_state_dict(qf1.state_dict())
+    qf2_target.load_state_dict(qf2.state_dict())
+    q_parameters = [*qf1.parameters(), *qf2.parameters()]
+    target_parameters = [p.requires_grad_(False) for p in [*qf1_target.parameters(), *qf2_target.parameters()]]
     log_alpha = torch.tensor([args.alpha], device=device).log().requires_grad_()
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
-    q_optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
+    q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
     a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
     rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    modules = {"actor": actor, "qf": qf, "qf_target": qf_target, "standardize": standardize, "standardize_reward": standardize_reward,
-               "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
+    modules = {"actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target,
+               "standardize": standardize, "standardize_reward": standardize_reward, "actor_optimizer": actor_optimizer,
+               "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
     state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
 
     # ALGO LOGIC: training
-    def update_critic(obs, actions, next_obs, rewards):
+    def update_critics(obs, actions, next_obs, rewards):
         with torch.no_grad():
             next_actions, next_log_prob = actor.get_action(next_obs)
-            next_value = qf_target(next_obs, next_actions).min(0).values - log_alpha.exp() * next_log_prob
-            target = rewards + args.gamma * next_value  # (B,); no episode ever terminates
-        q = qf(obs, actions)  # (2, B)
-        qf_losses = (q - target).square().mean(1)
+            next_q = torch.min(qf1_target(next_obs, next_actions), qf2_target(next_obs, next_actions))
+            target = rewards + args.gamma * (next_q - log_alpha.exp() * next_log_prob)  # (B,); no episode terminates
+        qf1_values, qf2_values = qf1(obs, actions), qf2(obs, actions)
+        qf1_loss, qf2_loss = F.mse_loss(qf1_values, target), F.mse_loss(qf2_values, target)
         q_optimizer.zero_grad()
-        qf_losses.sum().backward()
+        (qf1_loss + qf2_loss).backward()
         q_optimizer.step()
-        torch._foreach_lerp_(list(qf_target.parameters()), list(qf.parameters()), args.tau)
-        return {"qf1_values": q[0].mean(), "qf2_values": q[1].mean(), "qf1_loss": qf_losses[0], "qf2_loss": qf_losses[1], "qf_loss": qf_losses.mean()}
+        torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
+        return {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "qf1_loss": qf1_loss, "qf2_loss": qf2_loss}
 
     def update_actor(obs):
         pi, log_prob = actor.get_action(obs)
-        actor_loss = (log_alpha.detach().exp() * log_prob - qf(obs, pi).min(0).values).mean()
+        actor_loss = (log_alpha.detach().exp() * log_prob - torch.min(qf1(obs, pi), qf2(obs, pi))).mean()
         actor_optimizer.zero_grad()
-        actor_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights
+        actor_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights: a third of the time
         actor_optimizer.step()
         alpha_loss = (-log_alpha.exp() * (log_prob.detach() + args.target_entropy)).mean()
         a_optimizer.zero_grad()
@@ -874,13 +860,15 @@ def run(args, run_dir, envs, score, device):
         return {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": log_alpha.exp(), "entropy": -log_prob.mean()}
 
     if args.compile:
-        update_critic, update_actor = torch.compile(update_critic), torch.compile(update_actor)
+        update_critics, update_actor = torch.compile(update_critics), torch.compile(update_actor)
 
+    # checkpoints: written where all episodes end, so that nothing of the simulators needs saving
     def save_checkpoint():
         rb.save(run_dir, state["previous_step"])
-        rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        checkpoint = {name: module.state_dict() for name, module in modules.items()} | {"log_alpha": log_alpha.data, "rng": rng, "state": state}
         writer.flush()
+        checkpoint = {name: module.state_dict() for name, module in modules.items()}
+        checkpoint |= {"log_alpha": log_alpha.detach(), "state": state, "torch_rng": torch.get_rng_state()}
+        checkpoint |= {"cuda_rng": torch.cuda.get_rng_state_all()}
         atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
         for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
             old.unlink()
@@ -889,27 +877,27 @@ def run(args, run_dir, envs, score, device):
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-        checkpoint = torch.load(checkpoints[-1], map_location=device, weights_only=True)
+        checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
         state = checkpoint["state"]
         rb.load(run_dir, state["global_step"])
-        torch.set_rng_state(checkpoint["rng"]["torch"].cpu())
-        if device.type == "cuda":
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in checkpoint["rng"]["cuda"]])
         state["previous_step"] = state["global_step"]
+        torch.set_rng_state(checkpoint["torch_rng"])
+        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
     else:
         run_dir.mkdir(parents=True)
-        packages = {name: version(name) for name in ("torch", "open_clip_torch", "gymnasium", "mujoco", "numpy")} | {"python": platform.python_version()}
-        (run_dir / "args.json").write_text(json.dumps({"args": asdict(args), "packages": packages}, indent=2) + "\n")
+        packages = {name: version(name) for name in ("torch", "open_clip_torch", "gymnasium", "mujoco", "numpy")}
+        saved = {"args": asdict(args), "packages": packages | {"python": platform.python_version()}}
+        (run_dir / "args.json").write_text(json.dumps(saved, indent=2) + "\n")
     if args.track:
         import wandb
 
         wandb.init(project=args.wandb_project_name, name=args.run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
-    table = "|param|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-    writer.add_text("hyperparameters", table)
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     stopping = []
 
@@ -918,82 +906,88 @@ def run(args, run_dir, envs, score, device):
         tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more to stop at once")
         signal.signal(signum, signal.SIG_DFL)
 
-    previous_handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True)
     while state["global_step"] < args.total_timesteps and not stopping:
         # collect: a whole episode in every environment
-        started = time.perf_counter()
-        learning = state["global_step"] >= args.learning_starts
+        times = [time.perf_counter()]
         noise = torch.randn(args.num_envs, action_dim)
+        if state["global_step"] < args.learning_starts:
 
-        def explore(obs):
-            if learning:
-                return act(lambda x: actor.get_action(x)[0], standardize, obs, device)
-            noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)  # stays N(0, 1), correlated over 10 steps
-            return torch.tanh(noise).numpy()
+            def policy(obs):
+                noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)  # N(0, 1), correlated in time
+                return torch.tanh(noise).numpy()
+        else:
 
-        steps = rollout(envs, explore, [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)])
-        collected = time.perf_counter()
+            def policy(obs):
+                return act(lambda x: actor.get_action(x)[0], standardize, obs)
+
+        seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]
+        steps = rollout(envs, policy, seeds)
+        times.append(time.perf_counter())
 
         # score: the VLM sees the frames, the transitions get their rewards
-        rewards = score(steps)
-        rb.add(**{key: steps[key].reshape(-1, steps[key].shape[-1]) for key in ("obs", "actions", "next_obs")}, rewards=rewards.reshape(-1))
-        state["global_step"] += rewards.size
-        scored = time.perf_counter()
+        rewards = score(steps)  # (T, N)
+        transitions = {key: steps[key].reshape(rewards.size, -1) for key in ("obs", "actions", "next_obs")}
+        rb.add(**transitions, rewards=rewards.reshape(-1))
+        state["global_step"] = global_step = state["global_step"] + rewards.size
+        times.append(time.perf_counter())
 
         # learn
         metrics = {}
-        if state["global_step"] >= args.learning_starts:
+        if global_step >= args.learning_starts:
             if args.standardize and not state["fitted"]:
                 standardize.fit(rb.data["obs"][: len(rb)])
                 standardize_reward.fit(rb.data["rewards"][: len(rb), None])
                 state["fitted"] = True
-            for step in range(args.gradient_steps):
+            for update in range(args.gradient_steps):
                 batch = rb.sample(args.batch_size)
-                batch |= {key: standardize(batch[key]) for key in ("obs", "next_obs")} | {"rewards": standardize_reward(batch["rewards"])}
-                metrics |= update_critic(**batch)
-                if step % args.policy_frequency == 0:
+                batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
+                batch["rewards"] = standardize_reward(batch["rewards"])
+                metrics |= update_critics(**batch)
+                if update % args.policy_frequency == 0:
                     metrics |= update_actor(batch["obs"])
-        learned = time.perf_counter()
+        times.append(time.perf_counter())
 
         # log
-        global_step = state["global_step"]
         success = success_rate(steps["success"].T)
         state["history"].append((global_step, float(rewards.sum(0).mean()), success))
-        for key, value in metrics.items():
-            writer.add_scalar(f"losses/{key}", value.item(), global_step)
-        writer.add_scalar("charts/episodic_return", steps["env_rewards"].sum(0).mean(), global_step)
-        if args.reward == "vlm":
-            writer.add_scalar("charts/vlm_return", rewards.sum(0).mean(), global_step)
-        if args.task:
-            writer.add_scalar("charts/success_rate", success, global_step)
-        for stage, seconds in (("collect", collected - started), ("score", scored - collected), ("learn", learned - scored)):
-            writer.add_scalar(f"time/{stage}", seconds, global_step)
-        writer.add_scalar("charts/SPS", rewards.size / (learned - started), global_step)
+        scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
+        scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
+        scalars |= {"charts/SPS": rewards.size / (times[-1] - times[0])}
+        scalars |= {"charts/episodic_return": steps["env_rewards"].sum(0).mean()}
+        scalars |= {"charts/vlm_return": rewards.sum(0).mean()} if args.reward == "vlm" else {}
+        scalars |= {"charts/success_rate": success} if args.task else {}
         progress.update(rewards.size)
         recent = np.mean([row[1:] for row in state["history"][-10:]], axis=0)
-        progress.set_postfix(reward=f"{recent[0] / EPISODE_LENGTH:.3f}", success=f"{recent[1]:.0%}" if args.task else "-")
+        shown = {"reward": f"{recent[0] / EPISODE_LENGTH:.3f}"} | ({"success": f"{recent[1]:.0%}"} if args.task else {})
+        progress.set_postfix(shown)
 
-        # evaluate the mean action and save
-        if global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps or stopping:
-            result = evaluate(envs, lambda obs: act(actor.mean_action, standardize, obs, device), score, args.select_episodes, seed=2_000_000)
-            writer.add_scalar("eval/return", result["returns"].mean(), global_step)
-            if args.task:
-                writer.add_scalar("eval/success_rate", success_rate(result["success"]), global_step)
-            if global_step > args.learning_starts and result["returns"].mean() > state["best_return"]:
-                state["best_return"] = float(result["returns"].mean())
-                atomic_save({"actor": actor.state_dict(), "standardize": standardize.state_dict(), "global_step": global_step}, run_dir / "best.pt")
-            draw(args, result, run_dir / f"video_{global_step:09d}.mp4", size=240, rows=1, columns=2, every=1)
+        # evaluate the mean action, keep the best policy, save
+        due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps or stopping
+        if due:
+            result = evaluate(envs, lambda obs: act(actor.mean_action, standardize, obs), score, args.select_episodes, seed=2_000_000)
+            mean_return = float(result["returns"].mean())
+            scalars |= {"eval/return": mean_return}
+            scalars |= {"eval/success_rate": success_rate(result["success"])} if args.task else {}
+            if metrics and mean_return > state["best_return"]:
+                state["best_return"] = mean_return
+                best = {"actor": actor.state_dict(), "standardize": standardize.state_dict(), "global_step": global_step}
+                atomic_save(best, run_dir / "best.pt")
+            write_video(run_dir / f"video_{global_step:09d}.mp4", film(args, result, episodes=2, every=2, size=240))
+        for key, value in scalars.items():
+            writer.add_scalar(key, value, global_step)
+        if due:
             save_checkpoint()
     progress.close()
-    for s, handler in previous_handlers.items():
-        signal.signal(s, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     writer.close()
-    plot_curves(state["history"], run_dir / "curves.png", args.reward)
+    plot_curves(state["history"], run_dir / "curves.png")
     if stopping:
         print(f"stopped at step {state['global_step']}; go on with --resume {run_dir}")
         return None
-    return final_evaluation(args, run_dir, envs, score, actor, standardize, device)
+    return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
 
 if __name__ == "__main__":
