@@ -50,9 +50,13 @@ class Args:
     """of the image tower (open_clip's ModifiedResNet with one block per stage)"""
     image_size: int = 96
     visit: tuple[Path, ...] = ()
-    """run folders whose replay buffers are searched for states to learn from, added to visited_states.npz"""
+    """run folders from whose replay buffers states to learn from are added to visited_states.npz"""
     visit_states: int = 2000
     """states to take from each of them"""
+    unseen: tuple[Path, ...] = ()
+    """run folders whose states are only measured on, never trained on"""
+    report_only: bool = False
+    """measure the model in --out again, do not train"""
 
 
 # DATA: states
@@ -492,35 +496,42 @@ def save(args, model, config, wordings):
 
 
 # REPORT
+ATTRIBUTES = ("robot", "toppling", "arms", "hands", "one arm")  # concepts that say nothing of the posture
+TASK_ORDER = [list(sac_vlmrm.TASKS).index(task) for task in sac_vlmrm.TASK_PROMPTS.values()]
+
+
 def epic_distance(reward, label):
     """sqrt(1 - rho) / sqrt(2), rho the Pearson correlation of reward and label (paper, section 4.4)."""
     return float(np.sqrt(max(0, 1 - np.corrcoef(reward, label)[0, 1]) / 2))
 
 
-def report(args, frames, concepts, labels):
-    """Accuracy and EPIC distances on frames that were held out."""
-    names = list(CONCEPTS)
-    clip = sac_vlmrm.CLIPReward(f"local-dir:{args.out}", ["a humanoid robot"], ["a humanoid robot"])
-    embeddings = clip.embed_images(frames)
-    loaded, _, tokenizer = sac_vlmrm.load_clip(f"local-dir:{args.out}", "cpu", "fp32")
-    with torch.inference_mode():
-        text = F.normalize(loaded.encode_text(tokenizer([CONCEPTS[n][0].replace("{s}", "a humanoid robot") for n in names])), dim=-1)
-    postures = sorted({c[0] for c in concepts})
-    best = (embeddings @ text[[names.index(p) for p in postures]].T).argmax(1).numpy()
-    accuracy = float(np.mean([postures[i] == c[0] for i, c in zip(best, concepts)]))
-    result = {"frames": len(frames), "posture_accuracy": accuracy, "postures": len(postures), "epic": {}}
-    print(f"posture named right: {accuracy:.1%} of {len(frames)} held-out frames, {len(postures)} postures")
-    for prompt, task in sac_vlmrm.TASK_PROMPTS.items():
-        label = labels[:, list(sac_vlmrm.TASKS).index(task)]
+def report(args, tests):
+    """Accuracy and EPIC distances on frames that were not trained on; `tests`: name -> (frames, concepts, labels)."""
+    model, preprocess, tokenizer = sac_vlmrm.load_clip(f"local-dir:{args.out}", "cpu", "fp32")
+    postures = [name for name in CONCEPTS if not name.startswith(ATTRIBUTES) and ", " not in name]
+    captions = [CONCEPTS[name][0].replace("{s}", "a humanoid robot") for name in postures]
+    result = {"args": {key: str(value) for key, value in asdict(args).items()}}
+    for test, (frames, concepts, labels) in tests.items():
         with torch.inference_mode():
-            clip.goal, clip.baseline = (F.normalize(loaded.encode_text(tokenizer([p])), dim=-1)[0] for p in (prompt, "a humanoid robot"))
-        clip.direction = F.normalize(clip.goal - clip.baseline, dim=0)
-        row = {}
-        for clip.alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
-            row[clip.alpha] = epic_distance(clip(embeddings).numpy(), label) if label.any() else None
-        result["epic"][task] = row
-        print(f"EPIC {task:14} {int(label.sum()):5} goal states  " + "  ".join(f"alpha {a}: {d:.3f}" if d is not None else "-" for a, d in row.items()))
-    (args.out / "report.json").write_text(json.dumps({"args": {k: str(v) for k, v in asdict(args).items()}, **result}, indent=2) + "\n")
+            text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
+            clip = sac_vlmrm.CLIPReward(f"local-dir:{args.out}", ["a humanoid robot"])
+            embeddings = clip.embed_images(frames)
+        named = (embeddings @ text.T).argmax(1).numpy()
+        accuracy = float(np.mean([postures[i] == true[0] for i, true in zip(named, concepts)]))
+        result[test] = {"frames": len(frames), "posture_accuracy": accuracy, "epic": {}}
+        print(f"{test}: posture named right in {accuracy:.1%} of {len(frames)} frames, {len(postures)} postures")
+        for (prompt, task), label in zip(sac_vlmrm.TASK_PROMPTS.items(), labels.T[TASK_ORDER]):
+            if not label.any():
+                continue
+            row = {}
+            for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
+                with torch.inference_mode():
+                    clip.goal = F.normalize(model.encode_text(tokenizer([prompt])), dim=-1)[0]
+                    clip.direction, clip.alpha = F.normalize(clip.goal - clip.baseline, dim=0), alpha
+                    row[alpha] = epic_distance(clip(embeddings).numpy(), label)
+            result[test]["epic"][task] = {"goal_states": int(label.sum()), **row}
+            print(f"  EPIC {task:14} {label.sum():5} goal states   " + "  ".join(f"alpha {a}: {d:.3f}" for a, d in row.items()))
+    (args.out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def visited_states(runs, count, rng):
@@ -544,17 +555,23 @@ def main(argv=None):
     if args.visit:
         visited = np.concatenate([visited, visited_states(args.visit, args.visit_states, rng)])
         np.savez_compressed(visited_file, qpos=visited.astype(np.float32))
-    jobs, size = [], 1000
-    for i in range((args.frames + 4000) // size):
-        part = visited[i::args.frames // size][:size] if i < args.frames // size else []
-        jobs.append((args.seed * 100_000 + i, size, args.image_size, part))
+
+    # states, frames and captions, a thousand at a time; the last chunks are held out
+    count = args.frames // 1000
+    chunks = [(args.seed * 100_000 + i, 1000, args.image_size, visited[i::count][:1000]) for i in range(count)]
+    held_out = [(args.seed * 100_000 + count + i, 1000, args.image_size, []) for i in range(4)]
+    unseen = visited_states(args.unseen, args.visit_states, rng) if args.unseen else []
+    held_out += [(0, len(part), args.image_size, part) for part in np.split(unseen, range(1000, len(unseen), 1000)) if len(part)]
+    jobs = held_out if args.report_only else chunks + held_out
     with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
-        chunks = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc="humanoid frames x 1000"))
-    frames, positions, labels = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 2, 3))
-    concepts = [c for chunk in chunks for c in chunk[1]]
-    held_out = slice(args.frames // size * size, None)
-    test = frames[held_out], concepts[held_out], labels[held_out]
-    frames, concepts, positions = frames[: held_out.start], concepts[: held_out.start], positions[: held_out.start]
+        made = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc="thousands of frames"))
+    frames, concepts, positions, labels = (sum(part, []) if type(part[0]) is list else np.concatenate(part) for part in zip(*made))
+    train_count = 0 if args.report_only else 1000 * count
+    parts = {"held out": slice(train_count, train_count + 4000), "visited by unseen policies": slice(train_count + 4000, None)}
+    tests = {name: (frames[part], concepts[part], labels[part]) for name, part in parts.items() if len(frames[part])}
+    if args.report_only:
+        return report(args, tests)
+    frames, concepts, positions = frames[:train_count], concepts[:train_count], positions[:train_count]
 
     wordings = dict(CONCEPTS)
     is_humanoid = np.ones(len(frames), dtype=bool)
@@ -566,21 +583,22 @@ def main(argv=None):
         frames, concepts = np.concatenate([frames, classic]), concepts + captions
         positions = np.concatenate([positions, np.zeros((len(classic), positions.shape[1]), dtype=np.float32)])
         is_humanoid = np.concatenate([is_humanoid, np.zeros(len(classic), dtype=bool)])
-    first, counts = np.unique([c[0] for c in concepts], return_counts=True)
-    rarity = dict(zip(first, counts**-0.5))
-    balance = np.array([rarity[c[0]] for c in concepts])
+    names, counts = np.unique([true[0] for true in concepts], return_counts=True)
+    rarity = dict(zip(names, counts**-0.5))  # half way to drawing every posture equally often
+    balance = np.array([rarity[true[0]] for true in concepts])
     mean, std = positions[is_humanoid].mean(0), positions[is_humanoid].std(0)
-    data = {"frames": frames, "targets": targets_of(concepts, list(wordings)), "positions": (positions - mean) / std, "balance": balance / balance.sum(),
-            "wordings": list(wordings.values()), "is_humanoid": is_humanoid}  # fmt: skip
+    data = {"frames": frames, "targets": targets_of(concepts, list(wordings)), "positions": (positions - mean) / std,
+            "balance": balance / balance.sum(), "wordings": list(wordings.values()), "is_humanoid": is_humanoid}  # fmt: skip
     print(f"{len(frames)} frames, {len(wordings)} concepts, {time.time() - started:.0f} s")
 
     config = model_config(args)
     model = open_clip.CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
-    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**config["preprocess_cfg"]), is_train=False)
+    preprocess_cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
+    preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
     train(args, data, model, preprocess, open_clip.SimpleTokenizer(context_length=24))
     save(args, model, config, list(wordings.values()))
     print(f"trained, {time.time() - started:.0f} s in all")
-    report(args, *test)
+    report(args, tests)
 
 
 if __name__ == "__main__":
