@@ -131,7 +131,9 @@ class Args:
     alpha: float = 0.1
     """entropy coefficient to start from; it is tuned automatically"""
     target_entropy: float = -17.0
-    """the entropy it is tuned to (SAC's usual choice: minus the number of actions)"""
+    """the entropy it is tuned to, for the first half of training (SAC's usual choice: minus the number of actions)"""
+    final_target_entropy: float = -51.0
+    """and at the end, falling linearly over the second half: first explore, then make the mean action good on its own"""
     standardize: bool = True
     """scale observations and rewards to mean 0, deviation 1 over the random warm-up steps"""
     layer_norm: bool = True
@@ -145,7 +147,8 @@ class Args:
 PAPER = Args(
     clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
     total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
-    batch_size=512, eval_frequency=128_000, alpha=1.0, standardize=False, layer_norm=False,
+    batch_size=512, eval_frequency=128_000, alpha=1.0, final_target_entropy=-17.0,
+    standardize=False, layer_norm=False,
 )  # fmt: skip
 
 
@@ -756,8 +759,9 @@ def parse_args(argv):
     args.task = args.task or next((TASK_PROMPTS[prompt] for prompt in args.prompt if prompt in TASK_PROMPTS), "")
     check(not args.task or args.task in TASKS, f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
     check(0 <= args.clip_alpha <= 1, f"--clip-alpha {args.clip_alpha} is not between 0 and 1")
+    free_of_sign = ("seed", "image_size", "clip_alpha", "learning_starts", "target_entropy", "final_target_entropy")
     for key, value in asdict(args).items():
-        positive = type(value) in (int, float) and key not in ("seed", "image_size", "clip_alpha", "target_entropy", "learning_starts")
+        positive = type(value) in (int, float) and key not in free_of_sign
         check(not positive or value > 0, f"--{key.replace('_', '-')} must be positive")
     check(args.image_size >= 0 and args.learning_starts >= 0, "--image-size and --learning-starts can't be negative")
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
@@ -847,13 +851,13 @@ def run(args, run_dir, envs, score):
         torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
         return {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "qf1_loss": qf1_loss, "qf2_loss": qf2_loss}
 
-    def update_actor(obs):
+    def update_actor(obs, target_entropy):
         pi, log_prob = actor.get_action(obs)
         actor_loss = (log_alpha.detach().exp() * log_prob - torch.min(qf1(obs, pi), qf2(obs, pi))).mean()
         actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights: a third of the time
         actor_optimizer.step()
-        alpha_loss = (-log_alpha.exp() * (log_prob.detach() + args.target_entropy)).mean()
+        alpha_loss = (-log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
         a_optimizer.zero_grad()
         alpha_loss.backward()
         a_optimizer.step()
@@ -940,13 +944,15 @@ def run(args, run_dir, envs, score):
                 standardize.fit(rb.data["obs"][: len(rb)])
                 standardize_reward.fit(rb.data["rewards"][: len(rb), None])
                 state["fitted"] = True
+            late = max(0.0, 2 * global_step / args.total_timesteps - 1)  # 0 until half time, then up to 1
+            target_entropy = (1 - late) * args.target_entropy + late * args.final_target_entropy
             for update in range(args.gradient_steps):
                 batch = rb.sample(args.batch_size)
                 batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
                 batch["rewards"] = standardize_reward(batch["rewards"])
                 metrics |= update_critics(**batch)
                 if update % args.policy_frequency == 0:
-                    metrics |= update_actor(batch["obs"])
+                    metrics |= update_actor(batch["obs"], target_entropy)
         times.append(time.perf_counter())
 
         # log
