@@ -18,6 +18,7 @@ FORWARD = {"shoulder1": -30, "shoulder2": 0, "elbow": -90}
 STAND = {"knee": -2, **DOWN}
 KNEEL = {"knee": -95, **DOWN}  # the feet are thicker than the shins, so at 90 the knees would hang 3 cm above the floor
 LOTUS = {"hip_x": 5, "hip_z": -60, "hip_y": -80, "knee": -160, "abdomen_y": -60, "pitch": 0, **DOWN}
+SPLITS = {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, **DOWN}
 BELLY = {"hip_x": -25, "hip_z": 17, "hip_y": 20, "knee": -155, "abdomen_y": 30, "pitch": 35, **DOWN}
 HALF_KNEEL = {"left_hip_y": -87, "left_knee": -87, "right_knee": -97, **DOWN}
 ROOT = ("yaw", "pitch", "roll", "height")
@@ -112,7 +113,10 @@ POSES = {
         {"forearms crossed": {**STAND, **CROSSED}},
         {
             "hands just touching": {**STAND, **TOUCHING},
-            "left arm only": {**STAND, **{f"left_{k}": v for k, v in CROSSED.items()}},
+            "left hand past the middle only": {**STAND, **TOUCHING, "left_shoulder1": -59, "left_shoulder2": -1, "left_elbow": -40},
+            "right hand past the middle only": {**STAND, **TOUCHING, "right_shoulder1": 59, "right_shoulder2": 1, "right_elbow": -40},
+            "above the shoulders": {**STAND, "shoulder1": 4, "shoulder2": -59, "elbow": -20},
+            "below the waist": {**STAND, "shoulder1": -58, "shoulder2": -7, "elbow": -79},
             "arms hanging": STAND,
             "hands on hips": {**STAND, **HIPS},
             "on the knees": {**KNEEL, **CROSSED},
@@ -134,15 +138,18 @@ POSES = {
     ),
     "splits": (
         {
-            "as wide as the hips go": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, **DOWN},
+            "as wide as the hips go": SPLITS,
             "a little narrower": {"hip_x": 0, "hip_z": -52, "hip_y": -92, "knee": -2, **DOWN},
         },
         {
             "legs 80 degrees apart": {"hip_x": 0, "hip_z": -40, "hip_y": -92, "knee": -2, **DOWN},
             "legs together": {"hip_y": -92, "knee": -2, **DOWN},
-            "one knee bent": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "left_knee": -60, "abdomen_y": -15, **DOWN},
-            "in the air": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, "height": 0.06, **DOWN},
-            "lying on its back": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, "pitch": -80, **DOWN},
+            "one knee bent": {**SPLITS, "left_hip_y": -100, "left_knee": -45},
+            "in the air": {**SPLITS, "height": 0.06},
+            "feet off the floor": {**SPLITS, "hip_y": -95},
+            "not down yet": {**SPLITS, "hip_y": -62},
+            "bent forward to the floor": {**SPLITS, "abdomen_y": -75, "pitch": 66},
+            "lying on its back": {**SPLITS, "pitch": -80},
             "lotus": LOTUS,
             "standing": STAND,
         },
@@ -151,7 +158,10 @@ POSES = {
         {"feet together": LOTUS, "knees higher": {**LOTUS, "hip_y": -86, "abdomen_y": -50, "pitch": -8}},
         {
             "legs stretched": {**LOTUS, "knee": -2},
+            "feet in front of the knees": {**LOTUS, "hip_y": -92, "knee": -100},
+            "knees drawn up": {**LOTUS, "hip_z": -35},
             "knees together": {**LOTUS, "hip_z": 0},
+            "squatting on its feet": {"hip_x": -15, "hip_z": -60, "hip_y": -79, "knee": -160, "abdomen_y": 28, "pitch": 19, **DOWN},
             "in the air": {**LOTUS, "height": 0.06},
             "lying on its back": {**LOTUS, "pitch": -60},
             "on the belly, chest up": BELLY,
