@@ -324,7 +324,7 @@ class CartPole:
         x_acc = push - 0.05 * theta_acc * cos / 1.1
         x, x_dot = x + 0.02 * x_dot, x_dot + 0.02 * x_acc
         theta, theta_dot = theta + 0.02 * theta_dot, theta_dot + 0.02 * theta_acc
-        x_dot = np.where(abs(x) >= self.X_CLAMP, 0.0, x_dot)  # the stop at the end of the track takes all speed
+        x_dot = np.where((abs(x) >= self.X_CLAMP) & (x * x_dot > 0), 0.0, x_dot)  # the stop at the end of the track
         theta = (theta + np.pi) % (2 * np.pi) - np.pi
         self.state = np.stack([x.clip(-self.X_CLAMP, self.X_CLAMP), x_dot, theta, theta_dot], 1)
 

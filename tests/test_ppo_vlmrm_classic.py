@@ -1,0 +1,442 @@
+"""Facts about ppo_vlmrm_classic.py: the scenes, their pictures, PPO, resuming, bad input."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ppo_vlmrm_classic as ppo
+from ppo_vlmrm_classic import CartPole, MountainCar, draw_cartpole, draw_mountain_car
+
+TINY_CLIP = ROOT / "tiny_clip" / "open_clip_model.safetensors"
+needs_tiny_clip = pytest.mark.skipif(not TINY_CLIP.is_file(), reason="tiny_clip has no weights here")
+SMALL = ["--reward", "ground-truth", "--num-envs", "2", "--eval-frequency", "800", "--select-episodes", "2", "--eval-episodes", "2",
+         "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def scene_in(scene, state):
+    scene.state = np.atleast_2d(np.array(state, dtype=np.float64))
+    return scene
+
+
+# the environments
+@pytest.mark.parametrize("scene, env_id", [(CartPole(), "CartPole-v1"), (MountainCar(), "MountainCarContinuous-v0")])
+def test_physics_are_gymnasiums(scene, env_id):
+    """One step from many states, all of them short of the edges that this project treats differently."""
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = gym.make(env_id).unwrapped
+    theirs.reset(seed=0)
+    for _ in range(300):
+        low, high = ((-2, -1, -3, -1), (2, 1, 3, 1)) if env_id == "CartPole-v1" else ((-1.2, -0.07), (0.44, 0.07))
+        state, action = rng.uniform(low, high), rng.integers(2) if scene.num_actions else rng.uniform(-1, 1)
+        theirs.state, theirs.steps_beyond_terminated = state.copy(), None
+        theirs.step(int(action) if scene.num_actions else np.array([action]))
+        scene_in(scene, state).step(np.array([action]))
+        assert np.allclose(scene.state[0], theirs.state, atol=1e-6)
+
+
+@pytest.mark.parametrize("env_id", ppo.SCENES)
+def test_no_termination_leaks(env_id):
+    """Every episode has all its steps whatever happens in it, and PPO bootstraps beyond the last one."""
+    scene, args = ppo.SCENES[env_id](), ppo.DEFAULTS[env_id]
+    policy = lambda obs: torch.ones(len(obs))  # fails at once (CartPole: the pole falls; MountainCar: never arrives)
+    obs, actions, states = ppo.rollout(scene, policy, range(3), args.action_repeat)
+    decisions = 200 // args.action_repeat
+    assert states.shape[:2] == (200, 3) and actions.shape == (decisions, 3) and obs.shape[:2] == (decisions + 1, 3)
+    assert not scene.success(scene.in_goal(states).T).any()
+    moved = np.abs(np.diff(states, axis=0)).sum(-1)
+    assert (moved[-50:] > 0).all(), "a fallen pole and a car on the slope go on moving until the time limit"
+
+
+def test_time_limit_is_bootstrapped():
+    """With a constant reward r forever and a critic that knows it, no step has an advantage: not the last one either."""
+    reward, gamma = 0.7, 0.9
+    values = torch.full((11, 4), reward / (1 - gamma))
+    assert ppo.gae(torch.full((10, 4), reward), values, gamma, 0.95).abs().max() < 1e-5
+
+
+def test_gae_against_its_definition():
+    """Sum over l of (gamma lambda)^l delta_{t+l}, and for lambda 1 the discounted return with bootstrap minus the value."""
+    torch.manual_seed(0)
+    T, gamma, lam = 13, 0.97, 0.9
+    rewards, values = torch.randn(T, 3, dtype=torch.float64), torch.randn(T + 1, 3, dtype=torch.float64)
+    delta = lambda t: rewards[t] + gamma * values[t + 1] - values[t]
+    direct = torch.stack([sum((gamma * lam) ** (k - t) * delta(k) for k in range(t, T)) for t in range(T)])
+    assert torch.allclose(ppo.gae(rewards, values, gamma, lam), direct)
+    returns = torch.stack([sum(gamma ** (k - t) * rewards[k] for k in range(t, T)) + gamma ** (T - t) * values[T] for t in range(T)])
+    assert torch.allclose(ppo.gae(rewards, values, gamma, 1.0), returns - values[:-1])
+
+
+def test_cartpole_angle_wraps():
+    scene = scene_in(CartPole(), [[0, 0, np.pi - 0.01, 2.0], [0, 0, -np.pi + 0.01, -2.0]])
+    scene.step(np.array([1, 1]))
+    assert scene.state[0, 2] == pytest.approx(-np.pi + 0.03) and scene.state[1, 2] == pytest.approx(np.pi - 0.03)
+    before = scene_in(CartPole(), [0, 0, np.pi - 1e-6, 0]).observe()
+    after = scene_in(CartPole(), [0, 0, -np.pi + 1e-6, 0]).observe()
+    assert np.allclose(before, after, atol=1e-5), "the policy sees no jump where the angle wraps"
+
+
+def test_cartpole_position_is_clamped():
+    scene = scene_in(CartPole(), [[2.99, 3.0, 0, 0], [-2.99, -3.0, 0, 0]])
+    scene.step(np.array([1, 0]))
+    assert scene.state[:, 0].tolist() == [3.0, -3.0] and scene.state[:, 1].tolist() == [0.0, 0.0]
+    assert not scene.in_goal(scene.state).any(), "the stop at the track's end lies outside the goal"
+    scene.step(np.array([0, 1]))
+    scene.step(np.array([0, 1]))
+    assert abs(scene.state[0, 0]) < 3 and abs(scene.state[1, 0]) < 3, "the cart can leave the stop"
+
+
+def test_cartpole_success_is_decided_at_every_step():
+    edge = np.radians(12)
+    states = np.array([[0, 0, edge, 0], [0, 0, -edge, 0], [2.4, 0, 0, 0], [0, 0, edge + 1e-6, 0], [2.41, 0, 0, 0], [0, 0, 3, 0]])
+    assert CartPole().in_goal(states).tolist() == [True, True, True, False, False, False]
+    in_goal = np.ones((2, 200), dtype=bool)
+    in_goal[1, 57] = False
+    assert CartPole().success(in_goal).tolist() == [True, False]
+    assert CartPole().true_reward(states, None).tolist() == [1, 1, 1, -1, -1, -1]
+
+
+def test_mountain_car_goal_is_absorbing():
+    scene = scene_in(MountainCar(), [[0.44, 0.03], [0.44, -0.01]])
+    scene.step(np.zeros(2))
+    arrived = scene.state[0, 0]
+    assert arrived >= 0.45 > scene.state[1, 0]
+    for _ in range(50):
+        scene.step(np.full(2, -1.0))
+        assert scene.state[0].tolist() == [arrived, 0.0], "full reverse does not move a car that arrived"
+    assert scene.in_goal(scene.state).tolist() == [True, False]
+    assert scene.success(np.array([[False] * 199 + [True], [False] * 200])).tolist() == [True, False]
+    assert np.allclose(scene.true_reward(scene.state, np.array([0.5, -3.0])), [1 - 0.025, -0.1])
+
+
+def test_mountain_car_needs_a_swing():
+    """Full throttle never arrives; pushing along with the movement does. So standing still is no way to succeed."""
+    for policy, arrives in ((lambda v: 1.0, False), (lambda v: np.sign(v) or 1.0, True)):
+        scene = scene_in(MountainCar(), [-0.5, 0.0])
+        for _ in range(200):
+            scene.step(np.array([policy(scene.state[0, 1])]))
+        assert scene.in_goal(scene.state)[0] == arrives
+
+
+# the pictures
+@pytest.mark.parametrize("textured", [True, False])
+@pytest.mark.parametrize("size", [64, 96, 224])
+def test_pictures_are_functions_of_the_state(textured, size):
+    for picture, states in ((lambda s: draw_cartpole(*s, size, textured), [(0, 0), (0.3, 0), (0, 0.1), (0, -0.1), (-3, 3.1)]),
+                            (lambda s: draw_mountain_car(s, size, textured), [-1.2, -0.5, -0.45, 0.4, 0.45, 0.6])):  # fmt: skip
+        frames = [picture(state) for state in states]
+        assert all(frame.shape == (size, size, 3) and frame.dtype == np.uint8 for frame in frames)
+        for i, state in enumerate(states):
+            picture(states[(i + 1) % len(states)])  # what was drawn before must leave no trace
+            assert (picture(state) == frames[i]).all()
+            assert all((frames[i] != frames[j]).any() for j in range(i)), "two states that look the same"
+
+
+@pytest.mark.parametrize("textured", [True, False])
+def test_the_car_is_where_the_state_says(textured):
+    """The centre of what differs between two pictures moves along the track, by its shape in metres."""
+    for x in np.linspace(-1.1, 0.55, 12):
+        car, elsewhere = draw_mountain_car(x, 192, textured), draw_mountain_car(0.5 if x < -0.3 else -1.1, 192, textured)
+        background = np.where((car == elsewhere).all(-1), 0, 1)
+        background[:, : 70 if x >= -0.3 else 0] = 0  # leave out the other car
+        background[:, 110 if x < -0.3 else 192 :] = 0
+        rows, columns = np.nonzero(background)
+        metres = (columns.mean() + 0.5) / 192 * 2.3 - 1.4
+        assert abs(metres - x) < 0.12 and abs(rows.mean() / 192 - ppo.on_track(x)[1]) < 0.08
+
+
+def test_the_car_tilts_with_the_slope():
+    """A line through the car's red pixels rises to the right on the right slope, falls on the left one, is level in the valley."""
+    for x, sign in ((-0.05, 1), (-0.95, -1), (-np.pi / 6, 0)):
+        r, g, b = draw_mountain_car(x, 240).astype(int).transpose(2, 0, 1)
+        rows, columns = np.nonzero((r > 170) & (g < 70) & (b < 70))
+        covariance = np.cov(columns, -rows)
+        angle = 0.5 * np.arctan2(2 * covariance[0, 1], covariance[0, 0] - covariance[1, 1])
+        assert angle * sign > 0.4 if sign else abs(angle) < 0.1
+
+
+def test_the_pole_leans_to_where_the_angle_says():
+    for theta in np.radians([-170, -90, -30, -5, 5, 30, 90, 170]):
+        r, g, b = draw_cartpole(0, theta, 240).astype(int).transpose(2, 0, 1)
+        rows, columns = np.nonzero((abs(r - 196) < 12) & (abs(g - 102) < 12) & (abs(b - 40) < 12))
+        assert np.sign(columns.mean() + 0.5 - 120) == np.sign(theta)
+        assert np.arctan2(columns.mean() + 0.5 - 120, 0.44 * 240 - rows.mean()) == pytest.approx(theta, abs=0.1)
+
+
+def test_textured_mountain_is_a_picture():
+    """Thousands of colours where Gymnasium's line drawing has a few dozen shades; the flag is yellow in both."""
+    colours = [len(np.unique(draw_mountain_car(-0.5, 240, textured).reshape(-1, 3), axis=0)) for textured in (True, False)]
+    assert colours[0] > 3000 and colours[1] < 300
+    for textured in (True, False):
+        r, g, b = draw_mountain_car(-0.5, 240, textured).astype(int).transpose(2, 0, 1)
+        rows, columns = np.nonzero((r > 190) & (g > 180) & (b < 60))
+        assert len(rows) > 20 and abs((columns.min() / 240 * 2.3 - 1.4) - MountainCar.GOAL) < 0.03
+
+
+# PPO
+@pytest.mark.parametrize("env_id, steps", [("CartPole-v1", "48000"), ("MountainCarContinuous-v0", "128000")])
+def test_ppo_solves_the_scene_with_the_true_reward(env_id, steps):
+    arguments = ["--env-id", env_id, "--reward", "ground-truth", "--seed", "21", "--total-timesteps", steps, "--eval-episodes", "20", "--device", "cpu"]
+    summary = ppo.main([*arguments, "--run-name", "solved"])
+    assert summary["greedy action"]["success_rate"] >= 0.9
+    assert summary["zero action"]["success_rate"] == 0 and summary["random action"]["success_rate"] <= 0.3
+    assert {"args.json", "best.pt", "epic.json", "landscape.png", "eval.json", "eval.mp4", "eval.png"} <= set(os.listdir("runs/solved"))
+    again = ppo.main(["--evaluate", "runs/solved"])
+    assert again == summary
+
+
+def test_agent_distributions():
+    torch.manual_seed(0)
+    obs = torch.randn(7, 5)
+    discrete, continuous = ppo.Agent(5, 2, 1.0), ppo.Agent(5, 0, 0.5)
+    assert discrete.distribution(obs).sample().shape == continuous.distribution(obs).sample().shape == (7,)
+    assert continuous.distribution(obs).stddev.tolist() == [0.5] * 7
+    assert torch.equal(discrete.greedy_action(obs), discrete.distribution(obs).probs.argmax(-1))
+    assert torch.equal(continuous.greedy_action(obs), continuous.distribution(obs).mean)
+    assert discrete.critic(obs).shape == (7,) and discrete.critic(obs.expand(3, 7, 5)).shape == (3, 7)
+
+
+# resuming
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            if not tag.startswith("time/") and tag != "charts/SPS"}  # fmt: skip
+
+
+def assert_same(one, other):
+    """Two runs agree in their last checkpoint, bit for bit, in their best policy and in all they logged, timings aside."""
+    names = [sorted(path.name for path in run.glob("*.pt")) for run in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        a, b = (torch.load(run / name, weights_only=True) for run in (one, other))
+        assert str(a) == str(b)
+        for key in ("agent", *(["optimizer"] if "optimizer" in a else [])):
+            flat = [[t for t in torch.utils._pytree.tree_leaves(x[key]) if torch.is_tensor(t)] for x in (a, b)]
+            assert len(flat[0]) == len(flat[1]) > 0 and all(torch.equal(x, y) for x, y in zip(*flat))
+        if "torch_rng" in a:
+            assert torch.equal(a["torch_rng"], b["torch_rng"])
+    assert scalars(one) == scalars(other)
+
+
+@pytest.mark.parametrize("env_id", ppo.SCENES)
+def test_a_killed_run_resumes_bit_for_bit(env_id):
+    """SIGKILL at three moments, each followed by --resume, against one uninterrupted run."""
+    flags = ["--env-id", env_id, *SMALL, "--total-timesteps", "8000"]
+    ppo.main([*flags, "--run-name", "whole"])
+    script = [sys.executable, str(ROOT / "ppo_vlmrm_classic.py")]
+    command = [*script, *flags, "--run-name", "killed"]
+    for wanted in (800, 2400, 5600):  # kill once the run has got beyond these steps
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not any(int(p.stem[-9:]) >= wanted for p in Path("runs/killed").glob("checkpoint_*.pt")):
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        command = [*script, "--resume", "runs/killed"]
+    ppo.main(["--resume", "runs/killed"])
+    assert_same(Path("runs/whole"), Path("runs/killed"))
+
+
+def test_a_signal_ends_the_run_at_a_safe_point():
+    flags = [*SMALL, "--total-timesteps", "4000"]
+    ppo.main([*flags, "--run-name", "whole"])
+    command = [sys.executable, str(ROOT / "ppo_vlmrm_classic.py"), *flags, "--run-name", "stopped"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not list(Path("runs/stopped").glob("checkpoint_000000[48]*.pt")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "Traceback" not in output
+    if "go on with --resume" in output:  # else it was faster than the signal
+        ppo.main(["--resume", "runs/stopped"])
+    assert_same(Path("runs/whole"), Path("runs/stopped"))
+
+
+def test_resume_may_go_further_but_not_elsewhere(capsys):
+    ppo.main([*SMALL, "--total-timesteps", "800", "--run-name", "short"])
+    with pytest.raises(SystemExit, match="gamma"):
+        ppo.main(["--resume", "runs/short", "--gamma", "0.5"])
+    with pytest.raises(SystemExit, match="raised"):
+        ppo.main(["--resume", "runs/short", "--total-timesteps", "400"])
+    ppo.main(["--resume", "runs/short", "--total-timesteps", "1600"])
+    assert [step for step, _ in scalars("runs/short")["losses/value_loss"]] == [400, 800, 1200, 1600]
+    assert len(list(Path("runs/short").glob("checkpoint_*.pt"))) == 2
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_offered():
+    ppo.main([*SMALL, "--total-timesteps", "1600", "--run-name", "run"])
+    before, last = sorted(Path("runs/run").glob("checkpoint_*.pt"))
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=f"{last.name} is damaged; remove it to go on from {before.name}"):
+        ppo.main(["--resume", "runs/run"])
+    last.unlink()
+    assert ppo.main(["--resume", "runs/run"]) is not None
+
+
+def test_checkpoint_is_whole_or_absent(tmp_path):
+    """A full disk (here: a limit on the size of a file) is told in one line and leaves the checkpoint from before as it was."""
+    path = tmp_path / "checkpoint.pt"
+    ppo.atomic_save({"x": torch.arange(10)}, path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(SystemExit, match="can't write"):
+            ppo.atomic_save({"x": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path, weights_only=True)["x"].tolist() == list(range(10))
+
+
+def test_not_a_number_stops_the_run(monkeypatch):
+    """A reward that becomes NaN ends the run with the step, and --resume goes on from before as if nothing had been."""
+    flags, honest, calls = [*SMALL, "--total-timesteps", "1600"], CartPole.true_reward, []
+    ppo.main([*flags, "--run-name", "whole"])
+
+    def spoilt(self, state, actions):
+        calls.append(state.shape)
+        return honest(self, state, actions) * (np.nan if len(calls) == 6 else 1)  # the third rollout
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CartPole, "true_reward", spoilt)
+        with pytest.raises(SystemExit, match="reward is not finite after step 800"):
+            ppo.main([*flags, "--run-name", "spoilt"])
+    ppo.main(["--resume", "runs/spoilt"])
+    assert_same(Path("runs/whole"), Path("runs/spoilt"))
+
+
+# bad input
+BAD = [
+    (["--env-id", "Acrobot-v1"], "Acrobot"),
+    (["--prompt", "  "], "prompt is empty"),
+    (["--baseline-prompt", ""], "prompt is empty"),
+    (["--clip-alpha", "1.5"], "clip-alpha"),
+    (["--clip-alpha", "nan"], "clip-alpha"),
+    (["--clip-model", "ViT-Z-99/openai"], "ViT-Z-99"),
+    (["--clip-model", "ViT-B-32/no_such_tag"], "no_such_tag"),
+    (["--clip-model", "local-dir:nowhere"], "nowhere"),
+    (["--clip-precision", "bf16", "--device", "cpu"], "GPU"),
+    (["--total-timesteps", "0"], "total-timesteps"),
+    (["--num-envs", "-1"], "num-envs"),
+    (["--num-envs", "1", "--num-minibatches", "150"], "num-minibatches"),
+    (["--action-repeat", "7"], "action-repeat"),
+    (["--image-size", "-5"], "image-size"),
+    (["--image-size", "8"], "image-size"),
+    (["--gamma", "1"], "gamma"),
+    (["--gae-lambda", "1.1"], "gae-lambda"),
+    (["--learning-rate", "nan"], "learning-rate"),
+    (["--reward-batch-size", "0"], "reward-batch-size"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--evaluate", "nowhere"], "nowhere"),
+    (["--resume", "a", "--evaluate", "b"], "either"),
+    (["--reward", "ground-truth", "--run-name", "taken"], "exists"),
+    (["--reward", "ground-truth", "--run-name", "file/x"], "run folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, word", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_clear_line(flags, word, capsys):
+    Path("runs/taken").mkdir(parents=True)
+    Path("runs/file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        ppo.main(flags)
+    message = f"{end.value.code}{capsys.readouterr().err}"
+    assert end.value.code not in (0, None) and word in message
+    assert sorted(os.listdir("runs")) == ["file", "taken"], "a refused run leaves nothing behind"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_cuda_where_there_is_none():
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        ppo.main(["--device", "cuda"])
+
+
+def test_bad_input_through_the_command_line():
+    command = [sys.executable, str(ROOT / "ppo_vlmrm_classic.py"), "--clip-alpha", "-1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr == "error: --clip-alpha -1.0 is not between 0 and 1\n"
+
+
+# the reward
+@pytest.fixture(scope="module")
+def landscapes(tmp_path_factory):
+    """Embeddings of a line of states for both scenes, by the shipped CLIP."""
+    made = {}
+    for env_id, scene_class in ppo.SCENES.items():
+        scene = scene_class()
+        reward = ppo.CLIPReward("local-dir:tiny_clip", (scene.PROMPT,), (scene.BASELINE,))
+        line = np.zeros((121, len(scene.LOW)))
+        line[:, scene.AXIS] = np.linspace(scene.LOW[scene.AXIS], scene.HIGH[scene.AXIS], 121)
+        frames = np.stack([scene.draw(state, reward.image_size, True) for state in line])
+        made[env_id] = scene, reward, line, reward.embed_images(frames)
+    return made
+
+
+@needs_tiny_clip
+@pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 0.75, 1])
+@pytest.mark.parametrize("env_id", ppo.SCENES)
+def test_the_reward_is_highest_at_the_goal(landscapes, env_id, alpha):
+    scene, reward, line, embeddings = landscapes[env_id]
+    reward.alpha = alpha
+    rewards = reward(embeddings).numpy()
+    assert scene.in_goal(line)[rewards.argmax()]
+    assert rewards[scene.in_goal(line)].mean() > rewards[~scene.in_goal(line)].mean() + 2 * rewards[~scene.in_goal(line)].std()
+
+
+@needs_tiny_clip
+def test_the_reward_follows_the_slope_of_the_hill(landscapes):
+    """On the textured mountain with alpha 1, the reward rises from the valley to the flag (rank correlation with x)."""
+    _, reward, line, embeddings = landscapes["MountainCarContinuous-v0"]
+    reward.alpha = 1.0
+    right = (line[:, 0] > -0.5) & (line[:, 0] < 0.45)
+    ranks = lambda v: np.argsort(np.argsort(v))
+    assert np.corrcoef(ranks(reward(embeddings).numpy()[right]), ranks(line[right, 0]))[0, 1] > 0.8
+
+
+@needs_tiny_clip
+def test_landscape_only_stops_there(capsys):
+    epic = ppo.main(["--landscape-only", "--run-name", "landscape", "--clip-alpha", "0.3"])
+    assert list(epic) == ["alpha 0", "alpha 0.25", "alpha 0.3", "alpha 0.5", "alpha 0.75", "alpha 1"]
+    assert all(0 <= distance <= 1 for distance in epic.values())
+    assert json.loads(Path("runs/landscape/epic.json").read_text()) == epic
+    assert Path("runs/landscape/landscape.png").stat().st_size > 10_000 and not Path("runs/landscape/best.pt").exists()
+
+
+def test_epic_distance_of_the_true_reward_is_zero():
+    """Ground truth is an affine function of the goal's label, and EPIC does not see scale and offset."""
+    epic = ppo.main(["--reward", "ground-truth", "--landscape-only", "--run-name", "landscape"])
+    assert epic["ground truth"] < 1e-6
+
+
+@needs_tiny_clip
+def test_a_run_on_the_vlm_reward_resumes_bit_for_bit():
+    flags = ["--env-id", "MountainCarContinuous-v0", "--num-envs", "2", "--eval-frequency", "400", "--select-episodes", "2",
+             "--eval-episodes", "2", "--device", "cpu", "--total-timesteps", "1600"]  # fmt: skip
+    ppo.main([*flags, "--run-name", "whole"])
+    ppo.main([*flags, "--run-name", "cut"])
+    for path in Path("runs/cut").glob("checkpoint_000001600.pt"):
+        path.unlink()  # as if killed before its last checkpoint: events and best policy of the lost steps are still there
+    ppo.main(["--resume", "runs/cut"])
+    assert_same(Path("runs/whole"), Path("runs/cut"))
