@@ -71,75 +71,57 @@ class Args:
     """what the robot should do, e.g. "a humanoid robot kneeling"; given several times, the embeddings are averaged"""
     baseline_prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """what it looks like anyway (used when --clip-alpha > 0); "a humanoid robot" if not given"""
-    clip_alpha: float = 0.0
-    """strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1"""
+    clip_alpha: float = 0.0  # strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1
     clip_model: str = "local-dir:tiny_clip"
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
-    reward_batch_size: int = 400
-    """frames per forward pass of the image tower"""
+    reward_batch_size: int = 400  # frames per forward pass of the image tower
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: Gymnasium's own Humanoid reward, which pays for running; a reference for the learner"""
     task: str = ""
     """whose success to report (see TASKS); recognised from the prompt if not given, never seen by the learner"""
 
     # the picture
-    textures: Literal["modified", "original"] = "modified"
-    """modified: realistic sky, floor and robot (paper, Fig. 3)"""
+    textures: Literal["modified", "original"] = "modified"  # modified: realistic sky, floor and robot (paper, Fig. 3)
     camera: Literal["modified", "original"] = "modified"
     """modified: fixed, in front of the robot, slightly angled down (paper, Fig. 3)"""
-    shadows: bool = False
-    """cast shadows; costs a factor of 3 to 5 on a software renderer"""
-    image_size: int = 0
-    """rendered height and width in pixels; 0: the size the VLM takes"""
+    shadows: bool = False  # cast shadows; costs a factor of 3 to 5 on a software renderer
+    image_size: int = 0  # rendered height and width in pixels; 0: the size the VLM takes
 
     # the run
-    seed: int = 1
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    run_name: str = ""
-    """folder below runs/; made from task, seed and time if not given"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
+    seed: int = 1  # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else MPS, else the CPU
+    run_name: str = ""  # folder below runs/; made from task, seed and time if not given
+    track: bool = False  # also log to Weights & Biases (needs wandb)
     wandb_project_name: str = "vlmrm"
-    resume: str = ""
-    """run folder to go on with; takes its flags, only --total-timesteps may be raised"""
-    evaluate: str = ""
-    """run folder whose best policy to evaluate"""
-    eval_episodes: int = 100
-    """episodes of the final evaluation"""
-    eval_frequency: int = 8000
+    resume: str = ""  # run folder to go on with; takes its flags, only --total-timesteps may be raised
+    evaluate: str = ""  # run folder whose best policy to evaluate
+    eval_episodes: int = 100  # episodes of the final evaluation
+    eval_frequency: int = 4000
     """steps between checkpoints, each with a short evaluation of the mean action that decides the best policy"""
-    select_episodes: int = 8
-    """episodes of that short evaluation"""
+    select_episodes: int = 8  # episodes of that short evaluation
 
     # SAC
-    total_timesteps: int = 100_000
-    num_envs: int = 4
-    learning_starts: int = 5000
-    """steps of random, time-correlated actions before the first gradient step"""
-    gradient_steps: int = 400
-    """updates per round (one episode of every environment)"""
+    total_timesteps: int = 80_000  # of all environments together
+    num_envs: int = 4  # each in a process of its own
+    learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
+    gradient_steps: int = 400  # updates per round (one episode of every environment)
     buffer_size: int = 200_000
     batch_size: int = 128
     gamma: float = 0.95
     tau: float = 0.005
     policy_lr: float = 6e-4
     q_lr: float = 6e-4
-    policy_frequency: int = 1
-    """critic updates per actor update"""
-    alpha: float = 0.1
-    """entropy coefficient to start from; it is tuned automatically"""
+    policy_frequency: int = 1  # critic updates per actor update
+    alpha: float = 0.1  # entropy coefficient to start from; it is tuned automatically
     target_entropy: float = -17.0
     """the entropy it is tuned to, for the first half of training (SAC's usual choice: minus the number of actions)"""
     final_target_entropy: float = -51.0
-    """and at the end, falling linearly over the second half: first explore, then make the mean action good on its own"""
-    standardize: bool = True
-    """scale observations and rewards to mean 0, deviation 1 over the random warm-up steps"""
-    layer_norm: bool = True
-    """LayerNorm in the critics"""
-    compile: bool = False
-    """torch.compile the update steps (needs a C++ compiler on CPU)"""
+    """and at the end, falling over the second half: explore first, then make the mean action good on its own"""
+    standardize: bool = True  # scale observations and rewards to mean 0, deviation 1 over the random warm-up steps
+    layer_norm: bool = True  # LayerNorm in the critics
+    compile: bool = False  # torch.compile the update steps (needs a C++ compiler on CPU)
 
 
 # The paper's set-up (its appendix C), chosen by the word `paper` as the first argument. Four GPUs with 8 environments
@@ -173,7 +155,7 @@ def noise_texture(rng, size, octaves, falloff=1.0):
 
 
 def modify_textures(spec):
-    """Give Gymnasium's humanoid a sky, a wooden floor and a robot's shell. Colours only: the bodies stay as they are."""
+    """Give Gymnasium's humanoid a sky, a wooden floor and a robot's shell. Colours only: bodies stay as they are."""
     rng = np.random.default_rng(0)
     for item in [*spec.textures, *spec.materials]:
         spec.delete(item)
@@ -193,7 +175,8 @@ def modify_textures(spec):
     texture.data = wood.tobytes()
     floor = spec.add_material(name="floor", texrepeat=[0.5, 0.5], texuniform=True)
     floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "wood"
-    shell, joint, face, grip = [0.92, 0.93, 0.95, 1], [0.22, 0.24, 0.28, 1], [0.15, 0.35, 0.65, 1], [0.95, 0.55, 0.15, 1]
+    shell, joint = [0.92, 0.93, 0.95, 1], [0.22, 0.24, 0.28, 1]
+    face, grip = [0.15, 0.35, 0.65, 1], [0.95, 0.55, 0.15, 1]
     spec.add_material(name="metal", specular=0.4, shininess=0.6)
     for geom in spec.geoms:
         name = geom.name
@@ -266,7 +249,7 @@ def make_env(*env_args):
     def thunk():
         if multiprocessing.parent_process():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-        env = gym.wrappers.TimeLimit(VLMHumanoid(*env_args), EPISODE_LENGTH)  # the time limit truncates, it never terminates
+        env = gym.wrappers.TimeLimit(VLMHumanoid(*env_args), EPISODE_LENGTH)  # truncates, never terminates
         return gym.wrappers.AddRenderObservation(env, render_only=False)
 
     return thunk
@@ -325,7 +308,7 @@ def is_arms_raised(data):
 
 
 def is_hands_on_hips(data):
-    """Standing, each hand within 12 cm of its side of the hips, where a hand would rest: beside and above the hip joint."""
+    """Standing, each hand within 12 cm of where it would rest on the hips: beside and above the hip joint."""
     return is_standing(data) and all(
         np.linalg.norm(seen_from(data, "pelvis", f"{side}_hand") - [0, sign * 0.2, 0.08]) < 0.12
         for side, sign in (("left", 1), ("right", -1))
@@ -402,7 +385,7 @@ def pick_gl_backend():
             software = any(word in renderer.lower() for word in ("llvmpipe", "softpipe", "swrast", "swiftshader"))
             note = ": a software rasteriser, a GPU would draw many times faster" if software else ""
             return f"{renderer} through {backend}{note}"
-    check(not asked, f"MUJOCO_GL={asked} does not work here; unset it to let the script choose, or try egl, osmesa or glfw")
+    check(not asked, f"MUJOCO_GL={asked} does not work here; unset it, or try egl, osmesa or glfw")
     check(False, "no OpenGL for offscreen rendering; on Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri")
 
 
@@ -429,27 +412,26 @@ def load_clip(clip_model, device, precision):
         check(name in open_clip.list_models(), f"{where} open_clip knows no model '{name}'; give NAME/TAG, NAME/FILE, "
               "hf-hub:ORG/REPO or local-dir:FOLDER; open_clip.list_pretrained() lists all NAME and TAG")  # fmt: skip
         tags = open_clip.list_pretrained_tags_by_model(name)
-        check(pretrained in tags or Path(pretrained).is_file(), f"{where} '{pretrained}' is neither a file nor one of the "
-              f"weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
+        check(pretrained in tags or Path(pretrained).is_file(), f"{where} '{pretrained}' is neither a file nor one of "
+              f"the weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
         if pretrained in tags:
             quick_gelu = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
             other = name.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
             check(quick_gelu == open_clip.get_model_config(name).get("quick_gelu", False),
                   f"{where} these weights were trained with another activation; use {other}/{pretrained}")  # fmt: skip
-        elif tags:  # a file does not say how its pictures were normalised: ask the weights published for this architecture
+        elif tags:  # a file does not say how its pictures were normalised: ask the published weights
             keys = ("mean", "std", "interpolation", "resize_mode")
             ways = [{key: open_clip.get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in tags]
-            check(all(way == ways[0] for way in ways), f"{where} the published weights of {name} normalise pictures in several "
-                  "ways, a file does not say which; put it beside an open_clip_config.json and use local-dir:FOLDER")  # fmt: skip
+            check(all(way == ways[0] for way in ways), f"{where} published weights of {name} normalise pictures in several "
+                  "ways, a file does not say how; put it beside an open_clip_config.json and use local-dir:")  # fmt: skip
             preprocess_cfg = {key: value for key, value in ways[0].items() if value is not None}
     try:
         tokenizer = open_clip.get_tokenizer(name)
-        model = open_clip.create_model(
-            name, pretrained, precision=precision, device=device, force_preprocess_cfg=preprocess_cfg, require_pretrained=True
-        )
+        model = open_clip.create_model(name, pretrained, precision=precision, device=device, require_pretrained=True,
+                                       force_preprocess_cfg=preprocess_cfg)  # fmt: skip
     except ImportError as error:
-        raise SystemExit(f"error: {where} its tokenizer needs a package: pip install transformers sentencepiece ({error})")
-    except Exception as error:  # a missing, broken or foreign file, a failed download: each library raises its own kinds
+        raise SystemExit(f"error: {where} needs a package: pip install transformers sentencepiece ({error})")
+    except Exception as error:  # a broken or foreign file, a failed download: each library raises its own
         raise SystemExit(f"error: {where} can't be loaded: {(str(error).strip() or repr(error)).splitlines()[0][:300]}")
     preprocess_cfg = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
@@ -546,9 +528,8 @@ class SoftQNetwork(nn.Module):
     def __init__(self, obs_dim, action_dim, layer_norm):
         super().__init__()
         norm = nn.LayerNorm if layer_norm else nn.Identity
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim + action_dim, 256), norm(256), nn.ReLU(), nn.Linear(256, 256), norm(256), nn.ReLU(), nn.Linear(256, 1)
-        )
+        self.net = nn.Sequential(nn.Linear(obs_dim + action_dim, 256), norm(256), nn.ReLU(),
+                                 nn.Linear(256, 256), norm(256), nn.ReLU(), nn.Linear(256, 1))  # fmt: skip
 
     def forward(self, obs, action):
         return self.net(torch.cat([obs, action], -1)).squeeze(-1)
@@ -731,7 +712,8 @@ def plot_curves(history, path):
     """Return and success of the training episodes against steps, one point per round."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     steps, *curves = zip(*history)
-    for axis, title, curve in zip(figure.subplots(1, 2), ("return per episode", "success rate, sampled actions"), curves):
+    titles = "return per episode", "success rate, sampled actions"
+    for axis, title, curve in zip(figure.subplots(1, 2), titles, curves):
         axis.plot(steps, curve, linewidth=0.8)
         axis.set(xlabel="step", title=title)
     figure.savefig(path, dpi=120)
@@ -765,12 +747,12 @@ def parse_args(argv):
         check(not positive or value > 0, f"--{key.replace('_', '-')} must be positive")
     check(args.image_size >= 0 and args.learning_starts >= 0, "--image-size and --learning-starts can't be negative")
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
-    check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is smaller than one episode of every environment")
+    check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is below one episode of every environment")
     check(args.evaluate or args.learning_starts < args.total_timesteps, "--learning-starts is not below --total-timesteps")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu")
-    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: there is no Apple GPU; use --device cpu")
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU; use --device cpu")
+    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Apple GPU; use --device cpu")
     check(args.clip_precision == "fp32" or args.device != "cpu", f"--clip-precision {args.clip_precision} needs a GPU")
     return args
 
@@ -796,14 +778,16 @@ def main(argv=None):
         if clip_reward is None:
             return steps["env_rewards"].astype(np.float32)
         frames = steps["frames"]  # (T, N, H, W, 3)
-        return clip_reward(clip_reward.embed_images(frames.reshape(-1, *frames.shape[2:]))).cpu().numpy().reshape(frames.shape[:2])
+        rewards = clip_reward(clip_reward.embed_images(frames.reshape(-1, *frames.shape[2:])))
+        return rewards.cpu().numpy().reshape(frames.shape[:2])
 
     # env setup
     print(f"renderer: {pick_gl_backend()}")
     print(f"task: {args.task or 'not one of TASKS, so there is no success rate, only the reward'}")
     env_fn = make_env(image_size, args.textures, args.camera, args.shadows, args.task)
     disabled = gym.vector.AutoresetMode.DISABLED  # all episodes end together, and are reset together
-    envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False, autoreset_mode=disabled)
+    envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False,
+                                     autoreset_mode=disabled)  # fmt: skip
     try:
         return run(args, run_dir, envs, score)
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
@@ -819,7 +803,7 @@ def run(args, run_dir, envs, score):
     actor = Actor(obs_dim, action_dim).to(device)
     standardize, standardize_reward = Standardize(obs_dim).to(device), Standardize(1).to(device)
     if args.evaluate:
-        check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: the run has not reached its first checkpoint")
+        check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: it has not reached a checkpoint yet")
         return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
     qf1, qf2, qf1_target, qf2_target = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(4))
@@ -849,7 +833,8 @@ def run(args, run_dir, envs, score):
         (qf1_loss + qf2_loss).backward()
         q_optimizer.step()
         torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
-        return {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "qf1_loss": qf1_loss, "qf2_loss": qf2_loss}
+        return {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "qf1_loss": qf1_loss,
+                "qf2_loss": qf2_loss}  # fmt: skip
 
     def update_actor(obs, target_entropy):
         pi, log_prob = actor.get_action(obs)
@@ -861,7 +846,8 @@ def run(args, run_dir, envs, score):
         a_optimizer.zero_grad()
         alpha_loss.backward()
         a_optimizer.step()
-        return {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": log_alpha.exp(), "entropy": -log_prob.mean()}
+        return {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": log_alpha.exp(),
+                "entropy": -log_prob.mean()}  # fmt: skip
 
     if args.compile:
         update_critics, update_actor = torch.compile(update_critics), torch.compile(update_actor)
@@ -972,14 +958,15 @@ def run(args, run_dir, envs, score):
         # evaluate the mean action, keep the best policy, save
         due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps or stopping
         if due:
-            result = evaluate(envs, lambda obs: act(actor.mean_action, standardize, obs), score, args.select_episodes, seed=2_000_000)
+            mean_policy = lambda obs: act(actor.mean_action, standardize, obs)  # noqa: E731
+            result = evaluate(envs, mean_policy, score, args.select_episodes, seed=2_000_000)
             mean_return = float(result["returns"].mean())
             scalars |= {"eval/return": mean_return}
             scalars |= {"eval/success_rate": success_rate(result["success"])} if args.task else {}
             if metrics and mean_return > state["best_return"]:
                 state["best_return"] = mean_return
-                best = {"actor": actor.state_dict(), "standardize": standardize.state_dict(), "global_step": global_step}
-                atomic_save(best, run_dir / "best.pt")
+                best = {name: modules[name].state_dict() for name in ("actor", "standardize")}
+                atomic_save(best | {"global_step": global_step}, run_dir / "best.pt")
             write_video(run_dir / f"video_{global_step:09d}.mp4", film(args, result, episodes=2, every=2, size=240))
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)

@@ -38,11 +38,11 @@ class Args:
     seed: int = 1
     out: Path = HERE
     """folder for open_clip_config.json, open_clip_model.safetensors, vocabulary.txt and report.json"""
-    frames: int = 64_000
+    frames: int = 60_000
     """humanoid frames"""
-    classic_frames: int = 12_000
+    classic_frames: int = 10_000
     """frames of the two classic-control scenes"""
-    passes: float = 10.0
+    passes: float = 7.0
     """times every frame is seen"""
     batch_size: int = 256
     lr: float = 1.5e-3
@@ -88,6 +88,7 @@ POSES = {
     "kneel far forward": dict(legs=(-5, 0, -75, -100), pitch=65, abdomen=-20),
     "half down": dict(legs=(-4, 0, -40, -105), pitch=5),
     "half down back": dict(legs=(-4, 0, 5, -75), pitch=-20),
+    "knee lifted": dict(legs=(-4, 0, 0, -92), left=(-4, 0, -12, -100)),
     "one knee": dict(legs=(0, 0, 0, -95), left=(-3, 0, -88, -88)),
     "all fours": dict(legs=(-5, 0, -85, -88), pitch=82),
     "sit": dict(legs=(-5, -5, -95, -5)),
@@ -111,7 +112,7 @@ POSES = {
     "sit in the air": dict(legs=(-5, 0, -85, -90), air=0.2),
 }  # fmt: skip
 FREQUENT = {"stand": 4, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3, "splits": 4, "lotus": 4, "bent knees": 2,
-            "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "stand wide": 2}  # fmt: skip
+            "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "knee lifted": 2, "stand wide": 2}  # fmt: skip
 
 # Where the right hand is, in the torso's frame (x forward, y left, z up), for each way to hold the arms.
 ARMS = {
@@ -257,6 +258,7 @@ CONCEPTS = {
     "kneeling leaning sideways": ["{s} on the knees, tilting to one side", "{s} toppling sideways, knees on the floor"],
     "about to kneel": ["{s} about to kneel", "{s} going down to its knees", "{s} with its knees just above the floor"],
     "one knee": ["{s} down on one knee", "{s} with one knee on the floor", "{s} half kneeling, one foot forward"],
+    "one knee lifted": ["{s} leaning on one knee, the other knee just above the floor", "{s} with one knee lifted a little"],
     "all fours": ["{s} on all fours", "{s} on hands and knees", "{s} crawling"],
     "propped on one hand": ["{s} propped on one hand, knees on the floor", "{s} on its knees and one hand"],
     "kneeling in the air": ["{s} floating with bent knees", "{s} in the air, shins folded back"],
@@ -328,7 +330,7 @@ def describe(poser, qpos):
         posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
     elif torso[2, 2] < -0.4 and height > 0.3:
         posture = "upside down"
-    elif max(knees) < 0.035 and tilt < 75:
+    elif max(knees) < 0.03 and tilt < 75:
         if seat < 0.07 and tilt < 50:
             posture = "splits" if spread > 85 and max(bend) < 40 else "sitting between heels" if max(bend) > 60 else "half splits"
         elif max(hands) < 0.06 and tilt > 30:
@@ -350,8 +352,8 @@ def describe(poser, qpos):
             posture = "splits" if spread > 85 else "half splits" if spread > 45 else "sitting"
         else:
             posture = "half lotus" if spread > 55 else "sitting knees up"
-    elif min(knees) < 0.035 and max(knees) > 0.12 and tilt < 40 and height > 0.6:
-        posture = "one knee"
+    elif min(knees) < 0.03 and tilt < 40 and height > 0.6:
+        posture = "one knee" if max(knees) > 0.12 else "one knee lifted"
     elif np.mean(knees) < 0.16 and tilt < 45 and 0.6 < height < 1.05 and seat > 0.12:
         posture = "about to kneel"
     elif tilt < 28 and height > 1.0:
@@ -586,6 +588,8 @@ def main(argv=None):
     names, counts = np.unique([true[0] for true in concepts], return_counts=True)
     rarity = dict(zip(names, counts**-0.5))  # half way to drawing every posture equally often
     balance = np.array([rarity[true[0]] for true in concepts])
+    for part, share in ((is_humanoid, 0.8), (~is_humanoid, 0.2)):
+        balance[part] *= share / max(balance[part].sum(), 1e-9)
     mean, std = positions[is_humanoid].mean(0), positions[is_humanoid].std(0)
     data = {"frames": frames, "targets": targets_of(concepts, list(wordings)), "positions": (positions - mean) / std,
             "balance": balance / balance.sum(), "wordings": list(wordings.values()), "is_humanoid": is_humanoid}  # fmt: skip
