@@ -792,6 +792,8 @@ def main(argv=None):
         return run(args, run_dir, envs, score)
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         raise SystemExit(f"error: an environment process died ({type(error).__name__}); go on with --resume {run_dir}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; what was saved is in {run_dir}")
     finally:
         envs.close(terminate=True)
 
@@ -886,8 +888,9 @@ def run(args, run_dir, envs, score):
 
         wandb.init(project=args.wandb_project_name, name=args.run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    if not args.resume:
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     stopping = []
 
