@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+os.environ["OMP_NUM_THREADS"] = "1"  # bit-exact comparisons need the same number of threads in every process
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: E402
