@@ -1,0 +1,180 @@
+"""The environment: what it looks like, that its look does not touch the physics, and when an episode ends."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from poses import KNEEL, STAND, qpos_of
+
+import sac_vlmrm
+from sac_vlmrm import EPISODE_LENGTH, VLMHumanoid, make_env
+
+SIZE = 48
+
+
+def actions(seed, high=0.4):
+    return np.random.default_rng(seed).uniform(-high, high, (EPISODE_LENGTH, 17)).astype(np.float32)
+
+
+def trajectory(env, seed):
+    env.reset(seed=seed)
+    return np.array([(env.step(action), env.unwrapped.data.qpos.copy())[1] for action in actions(seed)])
+
+
+@pytest.fixture(scope="module")
+def looks():
+    """Environments by (textures, camera)."""
+    envs = {(t, c): VLMHumanoid(SIZE, t, c) for t in ("modified", "original") for c in ("modified", "original")}
+    yield envs
+    for env in envs.values():
+        env.close()
+
+
+def test_same_state_same_frame(humanoid):
+    """Whatever was drawn before, by this environment or by another one in the process."""
+    other = VLMHumanoid(64)
+    stand, kneel = qpos_of(humanoid.model, STAND), qpos_of(humanoid.model, KNEEL)
+    first = humanoid.render_state(stand).copy()
+    assert first.shape == (64, 64, 3) and first.dtype == np.uint8
+    assert (humanoid.render_state(kneel) != first).any()
+    other.reset(seed=0)
+    for action in actions(0)[:5]:
+        other.step(action)
+    assert (other.render_state(stand) == first).all()
+    assert (humanoid.render_state(stand) == first).all()
+    other.close()
+
+
+def test_frame_after_a_step_shows_the_state_after_the_step():
+    env = gym.wrappers.AddRenderObservation(VLMHumanoid(SIZE), render_only=False)
+    env.reset(seed=3)
+    seen = []
+    for action in actions(3)[:10]:
+        obs, *_ = env.step(action)
+        seen.append((obs["pixels"].copy(), env.unwrapped.data.qpos.copy()))
+    for pixels, qpos in seen:
+        assert (env.unwrapped.render_state(qpos) == pixels).all()
+    env.close()
+
+
+def test_each_switch_changes_the_picture_alone(looks):
+    qpos = qpos_of(looks["modified", "modified"].model, STAND)
+    frames = {look: env.render_state(qpos).astype(float) for look, env in looks.items()}
+    names = list(frames)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert np.abs(frames[a] - frames[b]).mean() > 10, (a, b)  # of 255 grey levels
+
+
+@pytest.mark.parametrize("textures", ["modified", "original"])
+def test_modified_camera_is_the_papers_and_stays(looks, textures):
+    env = looks[textures, "modified"]
+    for x in (0.0, 2.0):
+        qpos = qpos_of(env.model, STAND)
+        qpos[0] += x
+        env.render_state(qpos)
+        camera = env.mujoco_renderer._get_viewer("rgb_array").cam
+        assert (camera.distance, camera.elevation, camera.azimuth) == (3.5, -10, 180)
+        assert camera.lookat.tolist() == [0, 0, 1]
+
+
+def test_original_camera_follows_the_robot(looks):
+    """3 m further back the robot looks as large to the original camera, and much smaller to the modified one."""
+    ratio = {}
+    for camera in ("modified", "original"):
+        env, pixels = looks["modified", camera], []
+        for x in (0.0, -3.0):
+            qpos = qpos_of(env.model, STAND)
+            qpos[0] = x
+            frame, rgba = env.render_state(qpos).copy(), env.model.geom_rgba.copy()
+            env.model.geom_rgba[1:, 3] = 0  # all but the floor
+            pixels.append((env.render_state(qpos) != frame).any(-1).sum())
+            env.model.geom_rgba[:] = rgba
+        ratio[camera] = pixels[1] / pixels[0]
+    assert 0.9 < ratio["original"] < 1.1 and ratio["modified"] < 0.5
+
+
+def test_shadows_are_a_switch(humanoid):
+    shadows = VLMHumanoid(64, shadows=True)
+    qpos = qpos_of(humanoid.model, STAND)
+    difference = shadows.render_state(qpos).astype(int) - humanoid.render_state(qpos)
+    assert (difference < -20).sum() > 20 and (difference > 20).sum() < 20  # some pixels darker, the others as they were
+    shadows.close()
+
+
+def test_look_does_not_touch_the_physics(looks):
+    """Every look moves bit for bit like Gymnasium's own Humanoid, and is paid the same."""
+    plain = gym.make("Humanoid-v5", terminate_when_unhealthy=False)
+    expected = trajectory(plain, seed=1)
+    for look, env in looks.items():
+        assert (trajectory(env, seed=1) == expected).all(), look
+    env = looks["modified", "modified"]
+    plain.reset(seed=2), env.reset(seed=2)
+    for action in actions(2):
+        assert plain.step(action)[1] == env.step(action)[1]
+    plain.close()
+
+
+@pytest.mark.parametrize("fall", ["random torques", "no torque"])
+def test_episode_is_truncated_after_100_steps_and_never_terminated(fall):
+    env = make_env(32)()
+    env.reset(seed=5)
+    heights, ends = [], []
+    for action in actions(5) * (fall == "random torques"):
+        _, _, terminated, truncated, _ = env.step(action)
+        heights.append(env.unwrapped.data.qpos[2])
+        ends.append((terminated, truncated))
+    assert min(heights) < 1.0  # below Gymnasium's healthy range, so its own environment would have ended
+    assert ends == [(False, False)] * 99 + [(False, True)]
+    env.close()
+
+
+def test_observation_is_qpos_and_qvel(humanoid):
+    humanoid.reset(seed=0)
+    obs, *_ = humanoid.step(actions(0)[0])
+    np.testing.assert_array_equal(obs, np.concatenate([humanoid.data.qpos, humanoid.data.qvel]))
+
+
+@pytest.mark.parametrize("task, pose, other", [("kneeling", KNEEL, STAND), ("standing", STAND, KNEEL)])
+def test_success_is_judged_on_the_state_that_the_observation_shows(humanoid, task, pose, other):
+    env = VLMHumanoid(32, task=task)
+    verdicts = {}
+    for name, start in (("pose", pose), ("other", other)):
+        env.reset(seed=0)
+        env.set_state(qpos_of(env.model, start), np.zeros(23))
+        verdicts[name] = []
+        for action in actions(1) * 0.3:
+            obs, _, _, _, info = env.step(action)
+            humanoid.set_state(obs[:24], obs[24:])
+            assert info["success"] == bool(sac_vlmrm.TASKS[task](humanoid.data))
+            verdicts[name].append(info["success"])
+    assert verdicts["pose"][0] and not verdicts["other"][0]
+    assert not all(verdicts["pose"])  # it falls over, so both answers were compared
+    env.close()
+
+
+def test_without_a_task_there_is_no_success(humanoid):
+    humanoid.set_state(qpos_of(humanoid.model, KNEEL), np.zeros(23))
+    assert humanoid.step(np.zeros(17))[4]["success"] is False
+
+
+def test_worker_processes_give_what_one_process_gives():
+    """Frames, observations, rewards and success through shared memory, each in the row of its own environment."""
+    fn, seeds = make_env(32, "modified", "modified", False, "standing"), [11, 12]
+    envs = gym.vector.AsyncVectorEnv([fn] * 2, context="forkserver", copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    torques = np.stack([actions(seed, 1.0) for seed in seeds], axis=1)  # (T, N, 17) in [-1, 1]
+    try:
+        runs = [sac_vlmrm.rollout(envs, lambda obs, t=iter(torques): next(t), seeds) for _ in range(2)]
+    finally:
+        envs.close()
+    env = fn()
+    for i, seed in enumerate(seeds):
+        obs, _ = env.reset(seed=seed)
+        for t in range(EPISODE_LENGTH):
+            for run in runs:  # the second, after a reset, like the first
+                np.testing.assert_array_equal(run["obs"][t, i], obs["state"].astype(np.float32))
+            obs, reward, _, _, info = env.step(torques[t, i] * np.float32(0.4))
+            for run in runs:
+                np.testing.assert_array_equal(run["next_obs"][t, i], obs["state"].astype(np.float32))
+                np.testing.assert_array_equal(run["frames"][t, i], obs["pixels"])
+                assert (run["env_rewards"][t, i], run["success"][t, i]) == (reward, info["success"])
+    env.close()
