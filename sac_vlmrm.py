@@ -55,7 +55,7 @@ import open_clip
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.envs.mujoco.humanoid_v5 import DEFAULT_CAMERA_CONFIG, HumanoidEnv
+from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -207,7 +207,7 @@ class VLMHumanoid(HumanoidEnv):
         self.textures, self.shadows, self.in_goal_state = textures, shadows, TASKS.get(task)
         super().__init__(
             render_mode="rgb_array", width=image_size, height=image_size, terminate_when_unhealthy=False,
-            default_camera_config=MODIFIED_CAMERA if camera == "modified" else DEFAULT_CAMERA_CONFIG,
+            default_camera_config=MODIFIED_CAMERA, camera_id=-1 if camera == "modified" else 0,  # 0: tracking
             exclude_current_positions_from_observation=False, include_cinert_in_observation=False,
             include_cvel_in_observation=False, include_qfrc_actuator_in_observation=False,
             include_cfrc_ext_in_observation=False,
@@ -231,13 +231,23 @@ class VLMHumanoid(HumanoidEnv):
 
     def step(self, action):
         obs, reward, _, _, _ = super().step(action)
+        lagging = self.data.xipos.copy()
         mujoco.mj_kinematics(self.model, self.data)  # mj_step leaves the body positions one substep behind qpos
+        self.data.xipos[:] = lagging  # Gymnasium's own reward takes the robot's speed from these
         success = self.in_goal_state is not None and bool(self.in_goal_state(self.data))
         return obs, float(reward), False, False, {"success": success}
 
     def render(self):
         self.mujoco_renderer._get_viewer("rgb_array").make_context_current()  # another one in this process may hold it
         return super().render()
+
+    def close(self):
+        viewers = self.mujoco_renderer._viewers
+        while viewers:
+            viewer = viewers.popitem()[1]
+            viewer.make_context_current()  # freed in another's context, it would delete that one's textures
+            viewer.con.free()
+            viewer.close()
 
     def render_state(self, qpos):
         """Frame (H, W, 3) uint8 of the robot at rest in qpos (24,)."""
