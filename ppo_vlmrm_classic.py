@@ -102,13 +102,13 @@ class Args:
     """run folder whose best policy to evaluate"""
     eval_episodes: int = 100
     """episodes of the final evaluation"""
-    eval_frequency: int = 16_000
+    eval_frequency: int = 8000
     """steps between checkpoints, each with a short evaluation of the greedy action that decides the best policy"""
     select_episodes: int = 8
     """episodes of that short evaluation"""
 
     # PPO
-    total_timesteps: int = 200_000
+    total_timesteps: int = 100_000
     num_envs: int = 8
     action_repeat: int = 1
     """steps for which a chosen action is held; see DEFAULTS"""
@@ -136,7 +136,7 @@ class Args:
 # and drawn wide; about 1 in 12 such random episodes reaches the top, and PPO has an example to follow.
 DEFAULTS = {
     "CartPole-v1": Args(),
-    "MountainCarContinuous-v0": Args(env_id="MountainCarContinuous-v0", action_repeat=10, num_envs=16, ent_coef=0.01),
+    "MountainCarContinuous-v0": Args(env_id="MountainCarContinuous-v0", action_repeat=10, num_envs=16, total_timesteps=200_000, ent_coef=0.01),
 }
 
 
@@ -411,27 +411,26 @@ def load_clip(clip_model, device, precision):
         check(name in open_clip.list_models(), f"{where} open_clip knows no model '{name}'; give NAME/TAG, NAME/FILE, "
               "hf-hub:ORG/REPO or local-dir:FOLDER; open_clip.list_pretrained() lists all NAME and TAG")  # fmt: skip
         tags = open_clip.list_pretrained_tags_by_model(name)
-        check(pretrained in tags or Path(pretrained).is_file(), f"{where} '{pretrained}' is neither a file nor one of the "
-              f"weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
+        check(pretrained in tags or Path(pretrained).is_file(), f"{where} '{pretrained}' is neither a file nor one of "
+              f"the weights published for {name}: {', '.join(tags) or 'none'}")  # fmt: skip
         if pretrained in tags:
             quick_gelu = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
             other = name.removesuffix("-quickgelu") + ("-quickgelu" if quick_gelu else "")
             check(quick_gelu == open_clip.get_model_config(name).get("quick_gelu", False),
                   f"{where} these weights were trained with another activation; use {other}/{pretrained}")  # fmt: skip
-        elif tags:  # a file does not say how its pictures were normalised: ask the weights published for this architecture
+        elif tags:  # a file does not say how its pictures were normalised: ask the published weights
             keys = ("mean", "std", "interpolation", "resize_mode")
             ways = [{key: open_clip.get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in tags]
-            check(all(way == ways[0] for way in ways), f"{where} the published weights of {name} normalise pictures in several "
-                  "ways, a file does not say which; put it beside an open_clip_config.json and use local-dir:FOLDER")  # fmt: skip
+            check(all(way == ways[0] for way in ways), f"{where} published weights of {name} normalise pictures in several "
+                  "ways, a file does not say how; put it beside an open_clip_config.json and use local-dir:")  # fmt: skip
             preprocess_cfg = {key: value for key, value in ways[0].items() if value is not None}
     try:
         tokenizer = open_clip.get_tokenizer(name)
-        model = open_clip.create_model(
-            name, pretrained, precision=precision, device=device, force_preprocess_cfg=preprocess_cfg, require_pretrained=True
-        )
+        model = open_clip.create_model(name, pretrained, precision=precision, device=device, require_pretrained=True,
+                                       force_preprocess_cfg=preprocess_cfg)  # fmt: skip
     except ImportError as error:
-        raise SystemExit(f"error: {where} its tokenizer needs a package: pip install transformers sentencepiece ({error})")
-    except Exception as error:  # a missing, broken or foreign file, a failed download: each library raises its own kinds
+        raise SystemExit(f"error: {where} needs a package: pip install transformers sentencepiece ({error})")
+    except Exception as error:  # a broken or foreign file, a failed download: each library raises its own
         raise SystemExit(f"error: {where} can't be loaded: {(str(error).strip() or repr(error)).splitlines()[0][:300]}")
     preprocess_cfg = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
