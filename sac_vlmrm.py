@@ -174,6 +174,7 @@ def modify_textures(spec):
     texture = spec.add_texture(name="wood", type=mujoco.mjtTexture.mjTEXTURE_2D, width=size, height=size, nchannel=3)
     texture.data = wood.tobytes()
     floor = spec.add_material(name="floor", texrepeat=[0.5, 0.5], texuniform=True)
+    floor.reflectance = 0.4  # polished: the gap to its mirror image shows whether a knee or a foot touches the floor
     floor.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "wood"
     shell, joint = [0.92, 0.93, 0.95, 1], [0.22, 0.24, 0.28, 1]
     face, grip = [0.15, 0.35, 0.65, 1], [0.95, 0.55, 0.15, 1]
@@ -223,8 +224,6 @@ class VLMHumanoid(HumanoidEnv):
         spec.visual.quality.shadowsize = 1024 if self.shadows else 0
         for light in spec.lights:
             light.castshadow = self.shadows
-        for material in spec.materials:
-            material.reflectance = 0
         model = spec.compile()
         model.vis.global_.offwidth = model.vis.global_.offheight = self.width
         return model, mujoco.MjData(model)

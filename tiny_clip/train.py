@@ -112,7 +112,8 @@ POSES = {
     "sit in the air": dict(legs=(-5, 0, -85, -90), air=0.2),
 }  # fmt: skip
 FREQUENT = {"stand": 4, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3, "splits": 4, "lotus": 4, "bent knees": 2,
-            "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "knee lifted": 2, "stand wide": 2}  # fmt: skip
+            "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "knee lifted": 5, "stand wide": 2,
+            "step": 2}  # fmt: skip
 
 # Where the right hand is, in the torso's frame (x forward, y left, z up), for each way to hold the arms.
 ARMS = {
@@ -250,6 +251,7 @@ CONCEPTS = {
     "crouching": ["{s} crouching", "{s} squatting", "{s} half way down", "{s} in a squat"],
     "deep squat": ["{s} in a deep squat", "{s} squatting low over its feet"],
     "one leg": ["{s} standing up on one leg", "{s} on one leg", "{s} balancing on one foot", "{s} with one leg lifted", "{s} standing on one leg"],
+    "one foot lifted": ["{s} with one foot just off the floor", "{s} making a small step", "{s} lifting one foot a little"],
     "kneeling": ["{s} kneeling", "{s} on its knees", "{s} kneeling upright", "{s} kneeling on the floor", "{s} that kneels on both knees", "{s} down on both knees", "{s} kneeling down"],
     "sitting on heels": ["{s} sitting on its heels", "{s} kneeling, sitting back on the heels"],
     "kneeling leaning back": ["{s} leaning back on its knees", "{s} tilting backwards over its heels"],
@@ -330,7 +332,7 @@ def describe(poser, qpos):
         posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
     elif torso[2, 2] < -0.4 and height > 0.3:
         posture = "upside down"
-    elif max(knees) < 0.03 and tilt < 75:
+    elif max(knees) < 0.025 and tilt < 75:
         if seat < 0.07 and tilt < 50:
             posture = "splits" if spread > 85 and max(bend) < 40 else "sitting between heels" if max(bend) > 60 else "half splits"
         elif max(hands) < 0.06 and tilt > 30:
@@ -352,7 +354,7 @@ def describe(poser, qpos):
             posture = "splits" if spread > 85 else "half splits" if spread > 45 else "sitting"
         else:
             posture = "half lotus" if spread > 55 else "sitting knees up"
-    elif min(knees) < 0.03 and tilt < 40 and height > 0.6:
+    elif min(knees) < 0.025 and tilt < 40 and height > 0.6:
         posture = "one knee" if max(knees) > 0.12 else "one knee lifted"
     elif np.mean(knees) < 0.16 and tilt < 45 and 0.6 < height < 1.05 and seat > 0.12:
         posture = "about to kneel"
@@ -360,7 +362,7 @@ def describe(poser, qpos):
         if max(feet) > 0.1 and height > 1.1:
             posture = "one leg"
         else:
-            posture = "standing" if height > 1.16 else "standing with bent knees"
+            posture = "standing with bent knees" if height < 1.16 else "one foot lifted" if max(feet) > 0.04 else "standing"
     elif tilt < 40 and height > 0.55:
         posture = "crouching" if height > 0.8 else "deep squat"
     elif height > 0.55 and seat > 0.3:
