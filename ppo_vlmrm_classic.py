@@ -69,56 +69,42 @@ class Args:
     """what the picture should show; the paper's if not given; given several times, the embeddings are averaged"""
     baseline_prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """what it shows anyway (used when --clip-alpha > 0); the paper's if not given"""
-    clip_alpha: float = 0.0
-    """strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1"""
+    clip_alpha: float = 0.0  # strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1
     clip_model: str = "local-dir:tiny_clip"
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
-    reward_batch_size: int = 400
-    """frames per forward pass of the image tower"""
+    reward_batch_size: int = 400  # frames per forward pass of the image tower
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: +1 in the goal and -1 outside (CartPole), +1 at the goal less Gymnasium's action cost (MountainCar)"""
 
     # the picture
     drawing: Literal["textured", "original"] = "textured"
     """textured: a small picture of the scene; original: in the style of Gymnasium's line drawing"""
-    image_size: int = 0
-    """height and width in pixels; 0: the size the VLM takes"""
+    image_size: int = 0  # height and width in pixels; 0: the size the VLM takes
 
     # the run
-    seed: int = 1
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    run_name: str = ""
-    """folder below runs/; made from scene, seed and time if not given"""
-    track: bool = False
-    """also log to Weights & Biases (needs wandb)"""
+    seed: int = 1  # of everything random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else MPS, else the CPU
+    run_name: str = ""  # folder below runs/; made from scene, seed and time if not given
+    track: bool = False  # also log to Weights & Biases (needs wandb)
     wandb_project_name: str = "vlmrm"
-    landscape_only: bool = False
-    """stop after the reward landscape and its EPIC distances"""
-    resume: str = ""
-    """run folder to go on with; takes its flags, only --total-timesteps may be raised"""
-    evaluate: str = ""
-    """run folder whose best policy to evaluate"""
-    eval_episodes: int = 100
-    """episodes of the final evaluation"""
+    landscape_only: bool = False  # stop after the reward landscape and its EPIC distances
+    resume: str = ""  # run folder to go on with; takes its flags, only --total-timesteps may be raised
+    evaluate: str = ""  # run folder whose best policy to evaluate
+    eval_episodes: int = 100  # episodes of the final evaluation
     eval_frequency: int = 8000
     """steps between checkpoints, each with a short evaluation of the greedy action that decides the best policy"""
-    select_episodes: int = 8
-    """episodes of that short evaluation"""
+    select_episodes: int = 8  # episodes of that short evaluation
 
     # PPO
-    total_timesteps: int = 100_000
-    num_envs: int = 8
-    action_repeat: int = 1
-    """steps for which a chosen action is held; see DEFAULTS"""
-    init_std: float = 1.0
-    """standard deviation of the Gaussian policy before training (continuous actions)"""
+    total_timesteps: int = 100_000  # of all environments together
+    num_envs: int = 8  # episodes collected side by side
+    action_repeat: int = 1  # steps for which a chosen action is held; see DEFAULTS
+    init_std: float = 1.0  # standard deviation of the Gaussian policy before training (continuous actions)
     learning_rate: float = 1e-3
-    anneal_lr: bool = True
-    """lower the learning rate linearly to zero"""
-    gamma: float = 0.99
-    """discount per chosen action"""
+    anneal_lr: bool = True  # lower the learning rate linearly to zero
+    gamma: float = 0.99  # discount per chosen action
     gae_lambda: float = 0.95
     num_minibatches: int = 8
     update_epochs: int = 8
@@ -127,8 +113,7 @@ class Args:
     ent_coef: float = 0.0
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
-    standardize: bool = True
-    """scale the VLM reward to mean 0, deviation 1 over uniformly drawn states"""
+    standardize: bool = True  # scale the VLM reward to mean 0, deviation 1 over uniformly drawn states
 
 
 # What each scene needs. MountainCar's engine is too weak to climb: the car must swing to and fro, some 36 steps each way,

@@ -49,12 +49,16 @@ import torch  # before anything makes an EGL renderer: the other order segfaults
 
 import gymnasium as gym
 import imageio.v3 as iio
-import mujoco
 import numpy as np
 import open_clip
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+
+try:
+    import mujoco
+except Exception as error:  # it loads OpenGL the way MUJOCO_GL says
+    raise SystemExit(f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not work here ({error}); unset it")
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
@@ -119,9 +123,9 @@ class Args:
     """the entropy it is tuned to, for the first half of training (SAC's usual choice: minus the number of actions)"""
     final_target_entropy: float = -51.0
     """and at the end, falling over the second half: explore first, then make the mean action good on its own"""
+    anneal_lr: bool = True  # learning rates fall to a tenth over the second half, so that the policy comes to rest
     standardize: bool = True  # scale observations and rewards to mean 0, deviation 1 over the random warm-up steps
     layer_norm: bool = True  # LayerNorm in the critics
-    compile: bool = False  # torch.compile the update steps (needs a C++ compiler on CPU)
 
 
 # The paper's set-up (its appendix C), chosen by the word `paper` as the first argument. Four GPUs with 8 environments
@@ -130,7 +134,7 @@ PAPER = Args(
     clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
     total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
     batch_size=512, eval_frequency=128_000, alpha=1.0, final_target_entropy=-17.0,
-    standardize=False, layer_norm=False,
+    anneal_lr=False, standardize=False, layer_norm=False,
 )  # fmt: skip
 
 
@@ -578,11 +582,25 @@ def act(policy, standardize, obs):
 def atomic_save(state, path):
     """Write aside, flush to disk, rename: a file of that name is always whole."""
     aside = path.with_suffix(".tmp")
-    with open(aside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
+        aside.unlink(missing_ok=True)
+        raise SystemExit(f"error: can't write {path} ({error}); what was saved before is whole: make room, then --resume")
+
+
+def load_saved(path, keys, advice):
+    """What atomic_save wrote. A damaged or foreign file ends the program with its name; code in it is never run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # truncated, not a zip file, a pickle with code in it: each raises its own
+        saved = ()
+    check(isinstance(saved, dict) and set(keys) <= saved.keys(), f"{path} is damaged or no file of this script; {advice}")
+    return saved
 
 
 class ReplayBuffer:
@@ -624,7 +642,8 @@ class ReplayBuffer:
             if stop > total:
                 path.unlink()
                 continue
-            chunk = torch.load(path, weights_only=True)
+            before = f"remove it and checkpoint_{stop:09d}.pt to go on from the checkpoint before"
+            chunk = load_saved(path, self.data, before)
             self.total = stop - len(chunk["rewards"])
             self.add(**chunk)
         check(self.total == total, f"{folder}: the replay chunks end at step {self.total}, the checkpoint is at {total}")
@@ -688,7 +707,8 @@ def write_video(path, frames):
 
 def final_evaluation(args, run_dir, envs, score, actor, standardize):
     """Success and return of the best policy, of doing nothing and of random actions; json, video, contact sheet."""
-    best = torch.load(run_dir / "best.pt", map_location=args.device, weights_only=True)
+    check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: it has not reached its first evaluation")
+    best = load_saved(run_dir / "best.pt", ("actor", "standardize", "global_step"), "a --resume may write it anew")
     actor.load_state_dict(best["actor"])
     standardize.load_state_dict(best["standardize"])
     shape = (envs.num_envs, envs.single_action_space.shape[0])
@@ -753,7 +773,8 @@ def parse_args(argv):
     free_of_sign = ("seed", "image_size", "clip_alpha", "learning_starts", "target_entropy", "final_target_entropy")
     for key, value in asdict(args).items():
         positive = type(value) in (int, float) and key not in free_of_sign
-        check(not positive or value > 0, f"--{key.replace('_', '-')} must be positive")
+        check(not positive or 0 < value < float("inf"), f"--{key.replace('_', '-')} must be positive")
+    check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
     check(args.image_size >= 0 and args.learning_starts >= 0, "--image-size and --learning-starts can't be negative")
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
     check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is below one episode of every environment")
@@ -773,6 +794,13 @@ def main(argv=None):
         args.run_name = args.run_name or f"humanoid-{args.task or 'prompt'}__sac_vlmrm__{args.seed}__{int(time.time())}"
         run_dir = Path("runs") / args.run_name
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
+        parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
+        check(parent.is_dir() and os.access(parent, os.W_OK), f"can't make the run folder {run_dir}: {parent} is not writable")
+    needed, memory = args.buffer_size * 448, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+    memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else memory
+    check(needed < 0.9 * memory, f"--buffer-size {args.buffer_size} takes {needed / 1e9:.1f} GB of memory, there are "
+          f"{memory / 1e9:.1f} GB")  # fmt: skip
+    print(f"renderer: {pick_gl_backend()}")
     torch.manual_seed(args.seed)
 
     # reward model: before the environments, so that a wrong name costs seconds
@@ -791,16 +819,21 @@ def main(argv=None):
         return rewards.cpu().numpy().reshape(frames.shape[:2])
 
     # env setup
-    print(f"renderer: {pick_gl_backend()}")
     print(f"task: {args.task or 'not one of TASKS, so there is no success rate, only the reward'}")
     env_fn = make_env(image_size, args.textures, args.camera, args.shadows, args.task)
+    # workers fork from a process that has imported these once: started in half the time, in a quarter of the memory
+    multiprocessing.set_forkserver_preload(["torch", "open_clip", "gymnasium.envs.mujoco.humanoid_v5", "matplotlib.figure",
+                                            "imageio.v3", "tyro", "torch.utils.tensorboard"])  # fmt: skip
     disabled = gym.vector.AutoresetMode.DISABLED  # all episodes end together, and are reset together
     envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False,
                                      autoreset_mode=disabled)  # fmt: skip
     try:
         return run(args, run_dir, envs, score)
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        raise SystemExit(f"error: an environment process died ({type(error).__name__}); go on with --resume {run_dir}")
+    except (EOFError, OSError) as error:
+        time.sleep(0.1)  # until the system knows how a process ended
+        codes = [process.exitcode for process in envs.processes if process.exitcode]
+        cause = f"an environment process died (exit code {codes[0]})" if codes else f"{run_dir}: {error}"
+        raise SystemExit(f"error: {cause}; what was saved before is whole: --resume {run_dir}")
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; what was saved is in {run_dir}")
     finally:
@@ -814,7 +847,6 @@ def run(args, run_dir, envs, score):
     actor = Actor(obs_dim, action_dim).to(device)
     standardize, standardize_reward = Standardize(obs_dim).to(device), Standardize(1).to(device)
     if args.evaluate:
-        check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: it has not reached a checkpoint yet")
         return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
     qf1, qf2, qf1_target, qf2_target = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(4))
@@ -822,6 +854,7 @@ def run(args, run_dir, envs, score):
     qf2_target.load_state_dict(qf2.state_dict())
     q_parameters = [*qf1.parameters(), *qf2.parameters()]
     target_parameters = [p.requires_grad_(False) for p in [*qf1_target.parameters(), *qf2_target.parameters()]]
+    parameters = [*actor.parameters(), *q_parameters]
     log_alpha = torch.tensor([args.alpha], device=device).log().requires_grad_()
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
@@ -860,9 +893,6 @@ def run(args, run_dir, envs, score):
         return {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": log_alpha.exp(),
                 "entropy": -log_prob.mean()}  # fmt: skip
 
-    if args.compile:
-        update_critics, update_actor = torch.compile(update_critics), torch.compile(update_actor)
-
     # checkpoints: written where all episodes end, so that nothing of the simulators needs saving
     def save_checkpoint():
         rb.save(run_dir, state["previous_step"])
@@ -878,7 +908,8 @@ def run(args, run_dir, envs, score):
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-        checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+        before = f"remove it to go on from {checkpoints[-2].name}" if checkpoints[1:] else "there is none before it"
+        checkpoint = load_saved(checkpoints[-1], [*modules, "log_alpha", "state", "torch_rng"], before)
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
@@ -909,6 +940,7 @@ def run(args, run_dir, envs, score):
         signal.signal(signum, signal.SIG_DFL)
 
     handlers = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = f"what was saved before is whole: --resume {run_dir}"
     progress = tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True)
     while state["global_step"] < args.total_timesteps and not stopping:
         # collect: a whole episode in every environment
@@ -930,6 +962,8 @@ def run(args, run_dir, envs, score):
 
         # score: the VLM sees the frames, the transitions get their rewards
         rewards = score(steps)  # (T, N)
+        check(np.isfinite(steps["next_obs"]).all(), f"an observation is not finite after step {state['global_step']}; {before}")
+        check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; {before}")
         transitions = {key: steps[key].reshape(rewards.size, -1) for key in ("obs", "actions", "next_obs")}
         rb.add(**transitions, rewards=rewards.reshape(-1))
         state["global_step"] = global_step = state["global_step"] + rewards.size
@@ -944,6 +978,9 @@ def run(args, run_dir, envs, score):
                 state["fitted"] = True
             late = max(0.0, 2 * global_step / args.total_timesteps - 1)  # 0 until half time, then up to 1
             target_entropy = (1 - late) * args.target_entropy + late * args.final_target_entropy
+            if args.anneal_lr:
+                actor_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.policy_lr
+                q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
             for update in range(args.gradient_steps):
                 batch = rb.sample(args.batch_size)
                 batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
@@ -952,6 +989,8 @@ def run(args, run_dir, envs, score):
                 if update % args.policy_frequency == 0:
                     metrics |= update_actor(batch["obs"], target_entropy)
         times.append(time.perf_counter())
+        check(all(metric.isfinite() for metric in metrics.values()), f"a loss is not finite at step {global_step}; {before}")
+        check(all(p.isfinite().all() for p in parameters), f"a weight is not finite at step {global_step}; {before}")
 
         # log
         success = success_rate(steps["success"].T)
@@ -968,7 +1007,7 @@ def run(args, run_dir, envs, score):
         progress.set_postfix(shown)
 
         # evaluate the mean action, keep the best policy, save
-        due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps or stopping
+        due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps
         if due:
             mean_policy = lambda obs: act(actor.mean_action, standardize, obs)  # noqa: E731
             result = evaluate(envs, mean_policy, score, args.select_episodes, seed=2_000_000)
@@ -982,7 +1021,7 @@ def run(args, run_dir, envs, score):
             write_video(run_dir / f"video_{global_step:09d}.mp4", film(args, result, episodes=2, every=2, size=240))
         for key, value in scalars.items():
             writer.add_scalar(key, value, global_step)
-        if due:
+        if due or stopping:
             save_checkpoint()
     progress.close()
     for signum, handler in handlers.items():

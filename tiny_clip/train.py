@@ -36,6 +36,9 @@ import sac_vlmrm  # noqa: E402
 @dataclass
 class Args:
     seed: int = 1
+    """of the weights and of the order of the frames"""
+    data_seed: int = 1
+    """of the frames"""
     out: Path = HERE
     """folder for open_clip_config.json, open_clip_model.safetensors, vocabulary.txt and report.json"""
     frames: int = 60_000
@@ -554,7 +557,7 @@ def main(argv=None):
     started = time.time()
     print(f"renderer: {sac_vlmrm.pick_gl_backend()}")
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.data_seed)
     visited_file = HERE / "visited_states.npz"
     visited = np.load(visited_file)["qpos"].astype(np.float64) if visited_file.exists() else np.zeros((0, 24))
     if args.visit:
@@ -563,8 +566,9 @@ def main(argv=None):
 
     # states, frames and captions, a thousand at a time; the last chunks are held out
     count = args.frames // 1000
-    chunks = [(args.seed * 100_000 + i, 1000, args.image_size, visited[i::count][:1000]) for i in range(count)]
-    held_out = [(args.seed * 100_000 + count + i, 1000, args.image_size, []) for i in range(4)]
+    visited = visited[np.arange(0, len(visited), max(1.0, Args.frames / args.frames)).astype(int)]  # the same share of fewer frames
+    chunks = [(args.data_seed * 100_000 + i, 1000, args.image_size, visited[i::count][:1000]) for i in range(count)]
+    held_out = [(args.data_seed * 100_000 + count + i, 1000, args.image_size, []) for i in range(4)]
     unseen = visited_states(args.unseen, args.visit_states, rng) if args.unseen else []
     held_out += [(0, len(part), args.image_size, part) for part in np.split(unseen, range(1000, len(unseen), 1000)) if len(part)]
     jobs = held_out if args.report_only else chunks + held_out
