@@ -75,7 +75,7 @@ class Args:
     clip_alpha: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """strengths of the goal-baseline regularisation"""
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    reward_batch_size: int = 400
+    reward_batch_size: int = 50
     """frames per forward pass of the image tower"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 

@@ -74,7 +74,7 @@ class Args:
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
-    reward_batch_size: int = 400  # frames per forward pass of the image tower
+    reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: +1 in the goal and -1 outside (CartPole), +1 at the goal less Gymnasium's action cost (MountainCar)"""
 

@@ -80,7 +80,7 @@ class Args:
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
-    reward_batch_size: int = 400  # frames per forward pass of the image tower
+    reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: Gymnasium's own Humanoid reward, which pays for running; a reference for the learner"""
     task: str = ""
@@ -850,19 +850,22 @@ def run(args, run_dir, envs, score):
         return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
     qf1, qf2, qf1_target, qf2_target = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(4))
+    average_actor = Actor(obs_dim, action_dim).to(device)  # over some 1000 updates: what is evaluated and kept
+    average_actor.load_state_dict(actor.state_dict())
     qf1_target.load_state_dict(qf1.state_dict())
     qf2_target.load_state_dict(qf2.state_dict())
     q_parameters = [*qf1.parameters(), *qf2.parameters()]
     target_parameters = [p.requires_grad_(False) for p in [*qf1_target.parameters(), *qf2_target.parameters()]]
     parameters = [*actor.parameters(), *q_parameters]
+    average_parameters = [p.requires_grad_(False) for p in average_actor.parameters()]
     log_alpha = torch.tensor([args.alpha], device=device).log().requires_grad_()
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
     a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
     rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    modules = {"actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target,
-               "standardize": standardize, "standardize_reward": standardize_reward, "actor_optimizer": actor_optimizer,
-               "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
+    modules = {"actor": actor, "average_actor": average_actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target,
+               "qf2_target": qf2_target, "standardize": standardize, "standardize_reward": standardize_reward,
+               "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
     state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
 
     # ALGO LOGIC: training
@@ -886,6 +889,7 @@ def run(args, run_dir, envs, score):
         actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights: a third of the time
         actor_optimizer.step()
+        torch._foreach_lerp_(average_parameters, list(actor.parameters()), 0.001)
         alpha_loss = (-log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
         a_optimizer.zero_grad()
         alpha_loss.backward()
@@ -1009,14 +1013,14 @@ def run(args, run_dir, envs, score):
         # evaluate the mean action, keep the best policy, save
         due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps
         if due:
-            mean_policy = lambda obs: act(actor.mean_action, standardize, obs)  # noqa: E731
+            mean_policy = lambda obs: act(average_actor.mean_action, standardize, obs)  # noqa: E731
             result = evaluate(envs, mean_policy, score, args.select_episodes, seed=2_000_000)
             mean_return = float(result["returns"].mean())
             scalars |= {"eval/return": mean_return}
             scalars |= {"eval/success_rate": success_rate(result["success"])} if args.task else {}
             if metrics and mean_return > state["best_return"]:
                 state["best_return"] = mean_return
-                best = {name: modules[name].state_dict() for name in ("actor", "standardize")}
+                best = {"actor": average_actor.state_dict(), "standardize": standardize.state_dict()}
                 atomic_save(best | {"global_step": global_step}, run_dir / "best.pt")
             write_video(run_dir / f"video_{global_step:09d}.mp4", film(args, result, episodes=2, every=2, size=240))
         for key, value in scalars.items():
