@@ -755,8 +755,11 @@ def parse_args(argv):
     check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
     if args.resume or args.evaluate:
         run_dir = Path(args.resume or args.evaluate)
-        check((run_dir / "args.json").is_file(), f"{run_dir} is not a run folder: it has no args.json")
-        saved = json.loads((run_dir / "args.json").read_text())["args"]
+        try:
+            saved = json.loads((run_dir / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError):
+            raise SystemExit(f"error: {run_dir} is not a run folder: it has no args.json that can be read")
+        check(saved.keys() == asdict(args).keys(), f"{run_dir} is not a run of this script, or of another version of it")
         saved = Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
         args = tyro.cli(Args, default=saved, args=argv)
         free = {"resume", "device", "total_timesteps", "track", "eval_episodes"}
@@ -775,7 +778,8 @@ def parse_args(argv):
         positive = type(value) in (int, float) and key not in free_of_sign
         check(not positive or 0 < value < float("inf"), f"--{key.replace('_', '-')} must be positive")
     check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
-    check(args.image_size >= 0 and args.learning_starts >= 0, "--image-size and --learning-starts can't be negative")
+    check(min(args.seed, args.image_size, args.learning_starts) >= 0, "--seed, --image-size and --learning-starts can't be "
+          "negative")  # fmt: skip
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
     check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is below one episode of every environment")
     check(args.evaluate or args.learning_starts < args.total_timesteps, "--learning-starts is not below --total-timesteps")

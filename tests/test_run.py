@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -164,6 +165,24 @@ def test_resume_may_go_further_but_not_elsewhere(whole, tmp_path):
         sac_vlmrm.main(["--resume", "runs/run", "--total-timesteps", "800"])
     sac_vlmrm.main(["--resume", "runs/run", "--total-timesteps", "1800"])
     assert [step for step, _ in scalars(run)["charts/episodic_return"]] == list(range(200, 1801, 200))
+
+
+def test_the_shipped_policy_kneels(tmp_path):
+    """Its reward was what the tiny CLIP saw; the criterion is geometry."""
+    shutil.copytree(ROOT / "examples/kneeling", tmp_path / "kneeling")
+    summary = sac_vlmrm.main(["--evaluate", "kneeling", "--eval-episodes", "4"])
+    assert summary["mean action"]["success_rate"] >= 0.75 and summary["mean action"]["share_in_goal"] > 0.5
+    assert summary["zero action"]["success_rate"] == summary["random action"]["success_rate"] == 0
+    assert summary["mean action"]["return"] > summary["random action"]["return"] + 20
+
+
+def test_requirements_and_script_headers_are_in_step():
+    """What `uv run` installs for the scripts is what pip installs, but for the packages of special VLMs and the tests."""
+    listed = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
+    headers = {line[3:].strip(' ",') for name in ("sac_vlmrm.py", "ppo_vlmrm_classic.py", "epic_vlmrm.py")
+               for line in (ROOT / name).read_text().split("# ///")[1].splitlines() if line.startswith('#     "')}  # fmt: skip
+    assert headers and headers <= listed
+    assert {re.split(r"[^a-z_-]", name)[0] for name in listed - headers} == {"transformers", "sentencepiece", "pytest"}
 
 
 # faults
