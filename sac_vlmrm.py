@@ -883,7 +883,8 @@ def run(args, run_dir, envs, score):
         q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
         q_optimizer.step()
-        torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
+        with torch.no_grad():  # else autograd remembers every one of these steps
+            torch._foreach_lerp_(target_parameters, q_parameters, args.tau)
         return {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean(), "qf1_loss": qf1_loss,
                 "qf2_loss": qf2_loss}  # fmt: skip
 
@@ -893,7 +894,8 @@ def run(args, run_dir, envs, score):
         actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(actor.parameters()))  # not into the critics' weights: a third of the time
         actor_optimizer.step()
-        torch._foreach_lerp_(average_parameters, list(actor.parameters()), 0.001)
+        with torch.no_grad():
+            torch._foreach_lerp_(average_parameters, list(actor.parameters()), 0.001)
         alpha_loss = (-log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
         a_optimizer.zero_grad()
         alpha_loss.backward()
