@@ -540,6 +540,16 @@ def atomic_save(state, path):
         raise SystemExit(f"error: can't write {path} ({error}); checkpoints from before stay readable")
 
 
+def load_saved(path, keys, advice):
+    """What atomic_save wrote. A damaged or foreign file ends the program with its name; code in it is never run."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # truncated, not a zip file, a pickle with code in it: each raises its own
+        saved = ()
+    check(isinstance(saved, dict) and set(keys) <= saved.keys(), f"{path} is damaged or no file of this script; {advice}")
+    return saved
+
+
 # EVALUATION
 @torch.inference_mode()
 def rollout(scene, policy, seeds, action_repeat):
@@ -584,7 +594,7 @@ def draw(scene, result, textured, video, sheet, rows=2, columns=3, size=240):
 def final_evaluation(args, run_dir, scene, score, agent):
     """Success and return of the best policy, of doing nothing and of acting at random; json, video and contact sheet."""
     check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: the run has not reached its first evaluation")
-    best = torch.load(run_dir / "best.pt", map_location=args.device, weights_only=True)
+    best = load_saved(run_dir / "best.pt", ("agent", "global_step"), "a --resume may write it anew")
     agent.load_state_dict(best["agent"])
     policies = {
         "greedy action": lambda obs: agent.greedy_action(obs.to(args.device)),
@@ -644,8 +654,10 @@ def parse_args(argv):
     check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
     run_dir, default = Path(args.resume or args.evaluate), DEFAULTS[args.env_id]
     if args.resume or args.evaluate:
-        check((run_dir / "args.json").is_file(), f"{run_dir} is not a run folder: it has no args.json")
-        saved = json.loads((run_dir / "args.json").read_text())["args"]
+        try:
+            saved = json.loads((run_dir / "args.json").read_text())["args"]
+        except (OSError, ValueError, KeyError):
+            raise SystemExit(f"error: {run_dir} is not a run folder: it has no args.json that can be read")
         check(saved.keys() == asdict(args).keys(), f"{run_dir} is not a run of this script, or of another version of it")
         default = Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     args = tyro.cli(Args, default=default, args=argv)
@@ -662,6 +674,7 @@ def parse_args(argv):
     for key, value in asdict(args).items():
         number = type(value) in (int, float) and key not in ("seed", "image_size", "clip_alpha", "ent_coef", "vf_coef")
         check(not number or 0 < value < float("inf"), f"--{key.replace('_', '-')} must be positive")
+    check(args.seed >= 0, "--seed can't be negative")
     check(args.gamma < 1 and args.gae_lambda <= 1, "--gamma must be below 1, --gae-lambda at most 1")
     check(args.image_size == 0 or args.image_size >= 16, "--image-size must be at least 16, or 0 for the size the VLM takes")
     check(EPISODE_LENGTH % args.action_repeat == 0, f"--action-repeat must divide the {EPISODE_LENGTH} steps of an episode")
@@ -724,11 +737,8 @@ def main(argv=None):
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-        try:
-            checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
-        except Exception:
-            before = f"; remove it to go on from {checkpoints[-2].name}" if len(checkpoints) > 1 else ", and it is the only one"
-            raise SystemExit(f"error: {checkpoints[-1]} is damaged{before}")
+        before = f"remove it to go on from {checkpoints[-2].name}" if checkpoints[1:] else "there is none before it"
+        checkpoint = load_saved(checkpoints[-1], ("agent", "optimizer", "state", "torch_rng"), before)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]

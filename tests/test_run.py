@@ -304,6 +304,7 @@ BAD = [
     ([*KNEEL, "--buffer-size", "9000000000"], "memory"),
     ([*KNEEL, "--learning-starts", "100000"], "--learning-starts"),
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
+    ([*KNEEL, "--seed", "-1"], "--seed"),
     ([*KNEEL, "--reward-batch-size", "0"], "--reward-batch-size"),
     ([*KNEEL, "--run-name", "taken"], "exists"),
     ([*KNEEL, "--run-name", "file/x"], "not writable"),
