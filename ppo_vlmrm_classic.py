@@ -831,6 +831,7 @@ def main(argv=None):
         success = float(scene.success(in_goal).mean())
         scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
         check(np.isfinite(list(scalars.values())).all(), f"a loss is not finite at step {global_step}; --resume starts before it")
+        check(all(p.isfinite().all() for p in agent.parameters()), f"a weight is not finite at step {global_step}; --resume starts before it")
         scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
         scalars |= {"charts/SPS": in_goal.size / (times[-1] - times[0]), "charts/learning_rate": optimizer.param_groups[0]["lr"]}
         scalars |= {"charts/vlm_return" if args.reward == "vlm" else "charts/episodic_return": mean_return}

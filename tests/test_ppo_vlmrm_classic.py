@@ -327,6 +327,13 @@ def test_not_a_number_stops_the_run(monkeypatch):
     assert_same(Path("runs/whole"), Path("runs/spoilt"))
 
 
+def test_weights_that_are_not_numbers_are_never_saved():
+    with pytest.raises(SystemExit, match="a (loss|weight) is not finite at step"):
+        ppo.main([*SMALL, "--total-timesteps", "1600", "--learning-rate", "1e36", "--run-name", "run"])
+    for path in Path("runs/run").glob("checkpoint_*.pt"):
+        assert all(weight.isfinite().all() for weight in torch.load(path, weights_only=True)["agent"].values())
+
+
 # bad input
 BAD = [
     (["--env-id", "Acrobot-v1"], "Acrobot"),
