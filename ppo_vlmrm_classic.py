@@ -537,7 +537,9 @@ def atomic_save(state, path):
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
-        raise SystemExit(f"error: can't write {path} ({error}); checkpoints from before stay readable")
+        aside.unlink(missing_ok=True)
+        raise SystemExit(f"error: can't write {path}, is the disk full? ({error}). What was saved before is whole; "
+                         "make room, then --resume")  # fmt: skip
 
 
 def load_saved(path, keys, advice):
@@ -795,64 +797,63 @@ def main(argv=None):
         signal.signal(signum, signal.SIG_DFL)
 
     handlers = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
-    progress = tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True)
-    while state["global_step"] < args.total_timesteps and not stopping:
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - state["global_step"] / args.total_timesteps) * args.learning_rate
+    with tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True) as progress:
+        while state["global_step"] < args.total_timesteps and not stopping:
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = (1 - state["global_step"] / args.total_timesteps) * args.learning_rate
 
-        # collect: a whole episode in every environment
-        times = [time.perf_counter()]
-        seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]
-        policy = lambda obs: agent.distribution(obs.to(args.device)).sample()
-        obs, actions, states = rollout(scene, policy, seeds, args.action_repeat)
-        times.append(time.perf_counter())
+            # collect: a whole episode in every environment
+            times = [time.perf_counter()]
+            seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]
+            policy = lambda obs: agent.distribution(obs.to(args.device)).sample()
+            obs, actions, states = rollout(scene, policy, seeds, args.action_repeat)
+            times.append(time.perf_counter())
 
-        # score: the VLM sees the pictures, the actions get their rewards
-        rewards = score(states, actions)  # (T / repeat, N)
-        check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; --resume starts before it")
-        state["global_step"] = global_step = state["global_step"] + args.num_envs * EPISODE_LENGTH
-        times.append(time.perf_counter())
+            # score: the VLM sees the pictures, the actions get their rewards
+            rewards = score(states, actions)  # (T / repeat, N)
+            check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; --resume starts before it")
+            state["global_step"] = global_step = state["global_step"] + args.num_envs * EPISODE_LENGTH
+            times.append(time.perf_counter())
 
-        # learn. Times 1 - gamma, a return is an average of rewards: of order 1 for the critic, whatever gamma is
-        scaled = (rewards - state["reward_mean"]) / state["reward_std"] * (1 - args.gamma)
-        obs, actions, scaled = (torch.as_tensor(x).float().to(args.device) for x in (obs, actions, scaled))
-        with torch.no_grad():
-            values = agent.critic(obs)  # (T / repeat + 1, N)
-            advantages = gae(scaled, values, args.gamma, args.gae_lambda)
-            log_prob = agent.distribution(obs[:-1]).log_prob(actions)
-        batch = [x.flatten(0, 1) for x in (obs[:-1], actions, log_prob, advantages, advantages + values[:-1])]
-        for _ in range(args.update_epochs):
-            for rows in torch.randperm(actions.numel()).chunk(args.num_minibatches):
-                metrics = update(*(x[rows] for x in batch))
-        times.append(time.perf_counter())
+            # learn. Times 1 - gamma, a return is an average of rewards: of order 1 for the critic, whatever gamma is
+            scaled = (rewards - state["reward_mean"]) / state["reward_std"] * (1 - args.gamma)
+            obs, actions, scaled = (torch.as_tensor(x).float().to(args.device) for x in (obs, actions, scaled))
+            with torch.no_grad():
+                values = agent.critic(obs)  # (T / repeat + 1, N)
+                advantages = gae(scaled, values, args.gamma, args.gae_lambda)
+                log_prob = agent.distribution(obs[:-1]).log_prob(actions)
+            batch = [x.flatten(0, 1) for x in (obs[:-1], actions, log_prob, advantages, advantages + values[:-1])]
+            for _ in range(args.update_epochs):
+                for rows in torch.randperm(actions.numel()).chunk(args.num_minibatches):
+                    metrics = update(*(x[rows] for x in batch))
+            times.append(time.perf_counter())
 
-        # log
-        in_goal, mean_return = scene.in_goal(states).T, float(rewards.sum(0).mean())
-        success = float(scene.success(in_goal).mean())
-        scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
-        check(np.isfinite(list(scalars.values())).all(), f"a loss is not finite at step {global_step}; --resume starts before it")
-        check(all(p.isfinite().all() for p in agent.parameters()), f"a weight is not finite at step {global_step}; --resume starts before it")
-        scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
-        scalars |= {"charts/SPS": in_goal.size / (times[-1] - times[0]), "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        scalars |= {"charts/vlm_return" if args.reward == "vlm" else "charts/episodic_return": mean_return}
-        scalars |= {"charts/success_rate": success, "charts/share_in_goal": in_goal.mean()}
-        progress.update(in_goal.size)
-        progress.set_postfix(reward=f"{mean_return / len(rewards):.3f}", success=f"{success:.0%}")
+            # log
+            in_goal, mean_return = scene.in_goal(states).T, float(rewards.sum(0).mean())
+            success = float(scene.success(in_goal).mean())
+            scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
+            check(np.isfinite(list(scalars.values())).all(), f"a loss is not finite at step {global_step}; --resume starts before it")
+            check(all(p.isfinite().all() for p in agent.parameters()), f"a weight is not finite at step {global_step}; --resume starts before it")
+            scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
+            scalars |= {"charts/SPS": in_goal.size / (times[-1] - times[0]), "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            scalars |= {"charts/vlm_return" if args.reward == "vlm" else "charts/episodic_return": mean_return}
+            scalars |= {"charts/success_rate": success, "charts/share_in_goal": in_goal.mean()}
+            progress.update(in_goal.size)
+            progress.set_postfix(reward=f"{mean_return / len(rewards):.3f}", success=f"{success:.0%}")
 
-        # evaluate the greedy action, keep the best policy, save
-        due = global_step % args.eval_frequency < in_goal.size or global_step >= args.total_timesteps
-        if due:
-            policy = lambda obs: agent.greedy_action(obs.to(args.device))
-            result = evaluate(scene, policy, score, args.select_episodes, 2_000_000, args.action_repeat)
-            scalars |= {"eval/return": result["returns"].mean(), "eval/success_rate": result["success"].mean()}
-            if scalars["eval/return"] > state["best_return"]:
-                state["best_return"] = float(scalars["eval/return"])
-                atomic_save({"agent": agent.state_dict(), "global_step": global_step}, run_dir / "best.pt")
-        for key, value in scalars.items():
-            writer.add_scalar(key, value, global_step)
-        if due or stopping:
-            save_checkpoint()
-    progress.close()
+            # evaluate the greedy action, keep the best policy, save
+            due = global_step % args.eval_frequency < in_goal.size or global_step >= args.total_timesteps
+            if due:
+                policy = lambda obs: agent.greedy_action(obs.to(args.device))
+                result = evaluate(scene, policy, score, args.select_episodes, 2_000_000, args.action_repeat)
+                scalars |= {"eval/return": result["returns"].mean(), "eval/success_rate": result["success"].mean()}
+                if scalars["eval/return"] > state["best_return"]:
+                    state["best_return"] = float(scalars["eval/return"])
+                    atomic_save({"agent": agent.state_dict(), "global_step": global_step}, run_dir / "best.pt")
+            for key, value in scalars.items():
+                writer.add_scalar(key, value, global_step)
+            if due or stopping:
+                save_checkpoint()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     writer.close()
@@ -863,4 +864,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, most of all
+        raise SystemExit(f"error: {error}. What was saved before is whole; make room, then --resume")

@@ -590,7 +590,8 @@ def atomic_save(state, path):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
         aside.unlink(missing_ok=True)
-        raise SystemExit(f"error: can't write {path} ({error}); what was saved before is whole: make room, then --resume")
+        raise SystemExit(f"error: can't write {path}, is the disk full? ({error}). What was saved before is whole; "
+                         "make room, then --resume")  # fmt: skip
 
 
 def load_saved(path, keys, advice):
@@ -951,89 +952,88 @@ def run(args, run_dir, envs, score):
 
     handlers = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
     before = f"what was saved before is whole: --resume {run_dir}"
-    progress = tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True)
-    while state["global_step"] < args.total_timesteps and not stopping:
-        # collect: a whole episode in every environment
-        times = [time.perf_counter()]
-        noise = torch.randn(args.num_envs, action_dim)
-        if state["global_step"] < args.learning_starts:
+    with tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True) as progress:
+        while state["global_step"] < args.total_timesteps and not stopping:
+            # collect: a whole episode in every environment
+            times = [time.perf_counter()]
+            noise = torch.randn(args.num_envs, action_dim)
+            if state["global_step"] < args.learning_starts:
 
-            def policy(obs):
-                noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)  # N(0, 1), correlated in time
-                return torch.tanh(noise).numpy()
-        else:
+                def policy(obs):
+                    noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)  # N(0, 1), correlated in time
+                    return torch.tanh(noise).numpy()
+            else:
 
-            def policy(obs):
-                return act(lambda x: actor.get_action(x)[0], standardize, obs)
+                def policy(obs):
+                    return act(lambda x: actor.get_action(x)[0], standardize, obs)
 
-        seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]
-        steps = rollout(envs, policy, seeds)
-        times.append(time.perf_counter())
+            seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]
+            steps = rollout(envs, policy, seeds)
+            times.append(time.perf_counter())
 
-        # score: the VLM sees the frames, the transitions get their rewards
-        rewards = score(steps)  # (T, N)
-        check(np.isfinite(steps["next_obs"]).all(), f"an observation is not finite after step {state['global_step']}; {before}")
-        check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; {before}")
-        transitions = {key: steps[key].reshape(rewards.size, -1) for key in ("obs", "actions", "next_obs")}
-        rb.add(**transitions, rewards=rewards.reshape(-1))
-        state["global_step"] = global_step = state["global_step"] + rewards.size
-        times.append(time.perf_counter())
+            # score: the VLM sees the frames, the transitions get their rewards
+            rewards = score(steps)  # (T, N)
+            check(np.isfinite(steps["next_obs"]).all(), f"an observation is not finite after step {state['global_step']}; {before}")
+            check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; {before}")
+            transitions = {key: steps[key].reshape(rewards.size, -1) for key in ("obs", "actions", "next_obs")}
+            rb.add(**transitions, rewards=rewards.reshape(-1))
+            state["global_step"] = global_step = state["global_step"] + rewards.size
+            times.append(time.perf_counter())
 
-        # learn
-        metrics = {}
-        if global_step >= args.learning_starts:
-            if args.standardize and not state["fitted"]:
-                standardize.fit(rb.data["obs"][: len(rb)])
-                standardize_reward.fit(rb.data["rewards"][: len(rb), None])
-                state["fitted"] = True
-            late = max(0.0, 2 * global_step / args.total_timesteps - 1)  # 0 until half time, then up to 1
-            target_entropy = (1 - late) * args.target_entropy + late * args.final_target_entropy
-            if args.anneal_lr:
-                actor_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.policy_lr
-                q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
-            for update in range(args.gradient_steps):
-                batch = rb.sample(args.batch_size)
-                batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
-                batch["rewards"] = standardize_reward(batch["rewards"])
-                metrics |= update_critics(**batch)
-                if update % args.policy_frequency == 0:
-                    metrics |= update_actor(batch["obs"], target_entropy)
-        times.append(time.perf_counter())
-        check(all(metric.isfinite() for metric in metrics.values()), f"a loss is not finite at step {global_step}; {before}")
-        check(all(p.isfinite().all() for p in parameters), f"a weight is not finite at step {global_step}; {before}")
+            # learn
+            metrics = {}
+            if global_step >= args.learning_starts:
+                if args.standardize and not state["fitted"]:
+                    standardize.fit(rb.data["obs"][: len(rb)])
+                    standardize_reward.fit(rb.data["rewards"][: len(rb), None])
+                    state["fitted"] = True
+                late = max(0.0, 2 * global_step / args.total_timesteps - 1)  # 0 until half time, then up to 1
+                target_entropy = (1 - late) * args.target_entropy + late * args.final_target_entropy
+                if args.anneal_lr:
+                    actor_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.policy_lr
+                    q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
+                for update in range(args.gradient_steps):
+                    batch = rb.sample(args.batch_size)
+                    batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
+                    batch["rewards"] = standardize_reward(batch["rewards"])
+                    metrics |= update_critics(**batch)
+                    if update % args.policy_frequency == 0:
+                        metrics |= update_actor(batch["obs"], target_entropy)
+            times.append(time.perf_counter())
+            check(all(metric.isfinite() for metric in metrics.values()), f"a loss is not finite at step {global_step}; {before}")
+            check(all(p.isfinite().all() for p in parameters), f"a weight is not finite at step {global_step}; {before}")
 
-        # log
-        success = success_rate(steps["success"].T)
-        state["history"].append((global_step, float(rewards.sum(0).mean()), success))
-        scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
-        scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
-        scalars |= {"charts/SPS": rewards.size / (times[-1] - times[0])}
-        scalars |= {"charts/episodic_return": steps["env_rewards"].sum(0).mean()}
-        scalars |= {"charts/vlm_return": rewards.sum(0).mean()} if args.reward == "vlm" else {}
-        scalars |= {"charts/success_rate": success} if args.task else {}
-        progress.update(rewards.size)
-        recent = np.mean([row[1:] for row in state["history"][-10:]], axis=0)
-        shown = {"reward": f"{recent[0] / EPISODE_LENGTH:.3f}"} | ({"success": f"{recent[1]:.0%}"} if args.task else {})
-        progress.set_postfix(shown)
+            # log
+            success = success_rate(steps["success"].T)
+            state["history"].append((global_step, float(rewards.sum(0).mean()), success))
+            scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
+            scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
+            scalars |= {"charts/SPS": rewards.size / (times[-1] - times[0])}
+            scalars |= {"charts/episodic_return": steps["env_rewards"].sum(0).mean()}
+            scalars |= {"charts/vlm_return": rewards.sum(0).mean()} if args.reward == "vlm" else {}
+            scalars |= {"charts/success_rate": success} if args.task else {}
+            progress.update(rewards.size)
+            recent = np.mean([row[1:] for row in state["history"][-10:]], axis=0)
+            shown = {"reward": f"{recent[0] / EPISODE_LENGTH:.3f}"} | ({"success": f"{recent[1]:.0%}"} if args.task else {})
+            progress.set_postfix(shown)
 
-        # evaluate the mean action, keep the best policy, save
-        due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps
-        if due:
-            mean_policy = lambda obs: act(average_actor.mean_action, standardize, obs)  # noqa: E731
-            result = evaluate(envs, mean_policy, score, args.select_episodes, seed=2_000_000)
-            mean_return = float(result["returns"].mean())
-            scalars |= {"eval/return": mean_return}
-            scalars |= {"eval/success_rate": success_rate(result["success"])} if args.task else {}
-            if metrics and mean_return > state["best_return"]:
-                state["best_return"] = mean_return
-                best = {"actor": average_actor.state_dict(), "standardize": standardize.state_dict()}
-                atomic_save(best | {"global_step": global_step}, run_dir / "best.pt")
-            write_video(run_dir / f"video_{global_step:09d}.mp4", film(args, result, episodes=2, every=2, size=240))
-        for key, value in scalars.items():
-            writer.add_scalar(key, value, global_step)
-        if due or stopping:
-            save_checkpoint()
-    progress.close()
+            # evaluate the mean action, keep the best policy, save
+            due = global_step % args.eval_frequency < rewards.size or global_step >= args.total_timesteps
+            if due:
+                mean_policy = lambda obs: act(average_actor.mean_action, standardize, obs)  # noqa: E731
+                result = evaluate(envs, mean_policy, score, args.select_episodes, seed=2_000_000)
+                mean_return = float(result["returns"].mean())
+                scalars |= {"eval/return": mean_return}
+                scalars |= {"eval/success_rate": success_rate(result["success"])} if args.task else {}
+                if metrics and mean_return > state["best_return"]:
+                    state["best_return"] = mean_return
+                    best = {"actor": average_actor.state_dict(), "standardize": standardize.state_dict()}
+                    atomic_save(best | {"global_step": global_step}, run_dir / "best.pt")
+                write_video(run_dir / f"video_{global_step:09d}.mp4", film(args, result, episodes=2, every=2, size=240))
+            for key, value in scalars.items():
+                writer.add_scalar(key, value, global_step)
+            if due or stopping:
+                save_checkpoint()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     writer.close()
