@@ -21,8 +21,6 @@ sys.path.insert(0, str(ROOT))
 import ppo_vlmrm_classic as ppo
 from ppo_vlmrm_classic import CartPole, MountainCar, draw_cartpole, draw_mountain_car
 
-TINY_CLIP = ROOT / "tiny_clip" / "open_clip_model.safetensors"
-needs_tiny_clip = pytest.mark.skipif(not TINY_CLIP.is_file(), reason="tiny_clip has no weights here")
 SMALL = ["--reward", "ground-truth", "--num-envs", "2", "--eval-frequency", "800", "--select-episodes", "2", "--eval-episodes", "2",
          "--device", "cpu"]  # fmt: skip
 
@@ -402,7 +400,6 @@ def landscapes(tmp_path_factory):
     return made
 
 
-@needs_tiny_clip
 @pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 0.75, 1])
 @pytest.mark.parametrize("env_id", ppo.SCENES)
 def test_the_reward_is_highest_at_the_goal(landscapes, env_id, alpha):
@@ -414,7 +411,6 @@ def test_the_reward_is_highest_at_the_goal(landscapes, env_id, alpha):
     assert rewards[scene.in_goal(line)].mean() > np.quantile(rewards[~scene.in_goal(line)], 0.9)
 
 
-@needs_tiny_clip
 def test_the_reward_follows_the_slope_of_the_hill(landscapes):
     """On the textured mountain with alpha 1, the reward rises from half way up to the flag (rank correlation with x)."""
     _, reward, line, embeddings = landscapes["MountainCarContinuous-v0"]
@@ -424,7 +420,6 @@ def test_the_reward_follows_the_slope_of_the_hill(landscapes):
     assert np.corrcoef(ranks(reward(embeddings).numpy()[right]), ranks(line[right, 0]))[0, 1] > 0.8
 
 
-@needs_tiny_clip
 def test_landscape_only_stops_there(capsys):
     epic = ppo.main(["--landscape-only", "--run-name", "landscape", "--clip-alpha", "0.3"])
     assert list(epic) == ["alpha 0", "alpha 0.25", "alpha 0.3", "alpha 0.5", "alpha 0.75", "alpha 1"]
@@ -439,7 +434,6 @@ def test_epic_distance_of_the_true_reward_is_zero():
     assert epic["ground truth"] < 1e-6
 
 
-@needs_tiny_clip
 def test_a_run_on_the_vlm_reward_resumes_bit_for_bit():
     flags = ["--env-id", "MountainCarContinuous-v0", "--num-envs", "2", "--eval-frequency", "400", "--select-episodes", "2",
              "--eval-episodes", "2", "--device", "cpu", "--total-timesteps", "1600"]  # fmt: skip
