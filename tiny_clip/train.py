@@ -517,8 +517,8 @@ def report(args, tests):
     model, preprocess, tokenizer = sac_vlmrm.load_clip(f"local-dir:{args.out}", "cpu", "fp32")
     postures = [name for name in CONCEPTS if not name.startswith(ATTRIBUTES) and ", " not in name]
     captions = [CONCEPTS[name][0].replace("{s}", "a humanoid robot") for name in postures]
-    paths = ("out", "visit", "unseen")
-    result = {"args": {key: value for key, value in asdict(args).items() if key not in paths}}
+    other = ("out", "visit", "visit_states", "unseen", "report_only")  # what the weights do not depend on
+    result = {"args": {key: value for key, value in asdict(args).items() if key not in other}}
     for test, (frames, concepts, labels) in tests.items():
         with torch.inference_mode():
             text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
