@@ -1,7 +1,8 @@
 """Pictures of CartPole and MountainCar with captions, for the training of the small CLIP.
 
-The captions say what a person would say of the picture, not how good it is. Every caption comes from a glance of its own: the
-glance misjudges angle or position a little, as people do, so captions of neighbouring states overlap instead of changing abruptly.
+The captions say what a person would say of the picture, not how good it is. Every caption comes from a glance of its own, which
+misjudges angle or position: mostly a little, sometimes a lot, but the more the rarer. So captions of neighbouring states
+overlap, and those of far states are not all equally wrong: near the flag is less wrong of a car half way up than of one in the valley.
 """
 
 import sys
@@ -13,9 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ppo_vlmrm_classic import CartPole, MountainCar, draw_cartpole, draw_mountain_car  # noqa: E402
 
 
+def glance(rng, value, little, a_lot):
+    """`value` as seen by one person: three in four misjudge it by `little`, the others by up to `a_lot` and more."""
+    return value + (rng.normal(0, little) if rng.random() < 0.75 else rng.laplace(0, a_lot))
+
+
 def cartpole_caption(rng, x, theta):
     """One person's words for a pole at `theta` (0: up, positive: to the right) on a cart at x."""
-    degrees = np.degrees(theta) + rng.normal(0, 2 + 0.08 * abs(np.degrees(theta)))
+    degrees = np.degrees(theta)
+    degrees = glance(rng, degrees, 2 + 0.08 * abs(degrees), 30)
     degrees = (degrees + 180) % 360 - 180
     side, tilt = "right" if degrees > 0 else "left", abs(degrees)
     if tilt < 5:
@@ -49,7 +56,7 @@ def cartpole_caption(rng, x, theta):
 
 def mountain_car_caption(rng, x):
     """One person's words for a car at x: the valley is at -0.52, the peak at 0.52, the flag at 0.45."""
-    x = x + rng.normal(0, 0.035)
+    x = glance(rng, x, 0.035, 0.3)
     if x < -1.0:
         words = ["a car high up on the left slope", "a car near the top of the left slope, far away from the flag", "a car at the left edge of the picture, high on the mountain"]
     elif x < -0.8:
@@ -75,20 +82,19 @@ def mountain_car_caption(rng, x):
 
 
 def classic_examples(rng, n, size):
-    """n pictures (n, size, size, 3) uint8 and for each a list of 2 to 6 captions."""
+    """n pictures (n, size, size, 3) uint8 and for each a list of captions, one of eight glances each and a general one."""
     frames, captions = np.empty((n, size, size, 3), dtype=np.uint8), []
     for i in range(n):
-        glances = rng.integers(1, 6)
         if rng.random() < 0.5:
             x = rng.uniform(-CartPole.X_CLAMP, CartPole.X_CLAMP)
             theta = rng.normal(0, np.radians(20)) if rng.random() < 0.5 else rng.uniform(-np.pi, np.pi)
             frames[i] = draw_cartpole(x, theta, size, textured=rng.random() < 0.75)
-            said, plain = [cartpole_caption(rng, x, theta) for _ in range(glances)], ["pole and cart", "pole and cart", "a cart with a pole on a track"]
+            said, plain = [cartpole_caption(rng, x, theta) for _ in range(8)], ["pole and cart", "pole and cart", "a cart with a pole on a track"]
         else:
             x = rng.uniform(MountainCar.LEFT_WALL, MountainCar.RIGHT_WALL)
             textured = rng.random() < 0.7
             frames[i] = draw_mountain_car(x, size, textured)
-            said = [mountain_car_caption(rng, x) for _ in range(glances)]
+            said = [mountain_car_caption(rng, x) for _ in range(8)]
             plain = ["a car in the mountain", "a car in the mountain", "a red car on a rocky mountain" if textured else "a line drawing of a car on a hill"]
-        captions.append(list(dict.fromkeys([*said, str(rng.choice(plain))])))
+        captions.append([*said, str(rng.choice(plain))])
     return frames, captions

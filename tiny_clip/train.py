@@ -114,13 +114,14 @@ POSES = {
     "kneel in the air": dict(legs=(-5, 0, 0, -95), air=0.25),
     "sit in the air": dict(legs=(-5, 0, -85, -90), air=0.2),
 }  # fmt: skip
-FREQUENT = {"stand": 4, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3, "splits": 4, "lotus": 4, "bent knees": 2,
+FREQUENT = {"stand": 6, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3, "splits": 4, "lotus": 4, "bent knees": 2,
             "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "knee lifted": 5, "stand wide": 2,
             "step": 2}  # fmt: skip
 
 # Where the right hand is, in the torso's frame (x forward, y left, z up), for each way to hold the arms.
 ARMS = {
     "raised": lambda p: p[:, 2] > 0.3,
+    "head": lambda p: (abs(p[:, 2] - 0.19) < 0.12) & (abs(p[:, 1]) < 0.25),
     "hips": lambda p: np.linalg.norm(p - [0.0, -0.2, -0.345], axis=1) < 0.12,
     "crossed": lambda p: (p[:, 1] > 0.03) & (p[:, 0] > 0.08) & (abs(p[:, 2]) < 0.22),
     "together": lambda p: (abs(p[:, 1] + 0.03) < 0.06) & (p[:, 0] > 0.15) & (abs(p[:, 2]) < 0.25),
@@ -174,7 +175,8 @@ class Poser:
 
     def set_arms(self, angles):
         rng = self.rng
-        kinds = ["raised", "raised", "hips", "hips", "crossed", "crossed", "together", "side", "front", "down", "down", "any", "any", "zero", "zero", "zero"]
+        kinds = ["raised", "raised", "raised", "head", "hips", "hips", "crossed", "crossed", "together", "side", "front", "down", "down",
+                 "any", "any", "zero", "zero", "zero"]  # fmt: skip
         kind = rng.choice(kinds)
         both = rng.random() < 0.8
         for side, sign in (("right", 1), ("left", -1)):
@@ -288,6 +290,7 @@ CONCEPTS = {
     "toppling": ["{s} losing its balance", "{s} falling down", "{s} collapsing"],
     "arms raised": ["{s} with both arms raised", "{s} with its hands in the air", "{s} holding up both hands"],
     "one arm raised": ["{s} with one arm raised", "{s} raising one hand"],
+    "hands at head": ["{s} with its hands at its head", "{s} holding its head", "{s} with hands behind the head"],
     "hands on hips": ["{s} with hands on hips", "{s} with both hands on the hips"],
     "arms crossed": ["{s} with its arms crossed", "{s} with folded arms", "{s} with arms crossed in front of the chest"],
     "hands together": ["{s} with its hands together in front of the chest", "{s} with touching hands"],
@@ -300,6 +303,7 @@ for _pose, _verb in (("standing", "standing up"), ("kneeling", "kneeling")):  # 
     CONCEPTS |= {
         f"{_pose}, arms raised": [f"{{s}} {_verb}, with both arms raised", f"{{s}} {_verb} with its hands in the air", f"{{s}} {_verb} with raised arms"],
         f"{_pose}, one arm raised": [f"{{s}} {_verb} with one arm raised", f"{{s}} {_verb}, raising one hand"],
+        f"{_pose}, hands at head": [f"{{s}} {_verb} with its hands at its head", f"{{s}} {_verb}, holding its head"],
         f"{_pose}, hands on hips": [f"{{s}} {_verb} with hands on hips", f"{{s}} {_verb}, both hands on the hips"],
         f"{_pose}, arms crossed": [f"{{s}} {_verb}, with its arms crossed", f"{{s}} {_verb} with folded arms"],
         f"{_pose}, hands together": [f"{{s}} {_verb} with its hands together", f"{{s}} {_verb} with touching hands"],
@@ -386,8 +390,10 @@ def describe(poser, qpos):
         x, y, z = sac_vlmrm.seen_from(data, "torso", f"{side}_hand")
         y *= side_of[side]  # positive: on its own side
         hip = np.linalg.norm(pelvis.T @ (geom(f"{side}_hand") - body("pelvis")) - [0, 0.2 * side_of[side], 0.08])
-        if z > 0.2:
+        if z > 0.3:
             hold.append("raised")
+        elif z > 0.07 and abs(y) < 0.28:
+            hold.append("head")
         elif hip < 0.14:
             hold.append("hips")
         elif y < -0.03 and x > 0.03 and abs(z) < 0.27:
@@ -400,7 +406,7 @@ def describe(poser, qpos):
             hold.append("forward")
         else:
             hold.append("down" if z < -0.25 else "bent")
-    names = {"raised": "arms raised", "hips": "hands on hips", "crossed": "arms crossed", "together": "hands together", "out": "arms out",
+    names = {"raised": "arms raised", "head": "hands at head", "hips": "hands on hips", "crossed": "arms crossed", "together": "hands together", "out": "arms out",
              "forward": "arms forward", "down": "arms down", "bent": "arms bent"}  # fmt: skip
     arms = names[hold[0]] if hold[0] == hold[1] else "one arm raised" if "raised" in hold else "hands together" if set(hold) == {"crossed", "together"} else None
     if arms and tilt < 40:
@@ -446,12 +452,13 @@ def model_config(args):
 
 
 def targets_of(concepts, names):
-    """Soft targets (N, C): which captions are true of a frame, the posture and the most specific ones counting most."""
+    """Soft targets (N, C): which captions are true of a frame, the posture and the most specific ones counting most.
+    A caption that several people gave counts as often."""
     index = {name: i for i, name in enumerate(names)}
     targets = np.zeros((len(concepts), len(names)), dtype=np.float32)
     for row, true in enumerate(concepts):
         for rank, name in enumerate(true):
-            targets[row, index[name]] = 1.0 if rank == 0 or ", " in name else 0.3 if name in ("robot", "pole and cart", "a car in the mountain") else 0.5
+            targets[row, index[name]] += 1.0 if rank == 0 or ", " in name else 0.3 if name in ("robot", "pole and cart", "a car in the mountain") else 0.5
     return targets / targets.sum(1, keepdims=True)
 
 
@@ -592,9 +599,11 @@ def main(argv=None):
         frames, concepts = np.concatenate([frames, classic]), concepts + captions
         positions = np.concatenate([positions, np.zeros((len(classic), positions.shape[1]), dtype=np.float32)])
         is_humanoid = np.concatenate([is_humanoid, np.zeros(len(classic), dtype=bool)])
-    names, counts = np.unique([true[0] for true in concepts], return_counts=True)
-    rarity = dict(zip(names, counts**-0.5))  # half way to drawing every posture equally often
-    balance = np.array([rarity[true[0]] for true in concepts])
+    # half way to drawing every posture, told apart by what the arms do, equally often
+    kinds = [next((name for name in true if name in CONCEPTS and ", " in name), true[0]) for true in concepts]
+    names, counts = np.unique(kinds, return_counts=True)
+    rarity = dict(zip(names, counts**-0.5))
+    balance = np.array([rarity[kind] for kind in kinds])
     for part, share in ((is_humanoid, 0.8), (~is_humanoid, 0.2)):
         balance[part] *= share / max(balance[part].sum(), 1e-9)
     mean, std = positions[is_humanoid].mean(0), positions[is_humanoid].std(0)
