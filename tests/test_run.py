@@ -113,9 +113,9 @@ def test_evaluate_repeats_the_final_evaluation(whole):
 
 
 def test_a_killed_run_resumes_bit_for_bit(whole):
-    """SIGKILL at two moments, each followed by --resume, against the uninterrupted run."""
+    """SIGKILL at three moments, each followed by --resume, against the uninterrupted run."""
     flags = [*STANDING, "--total-timesteps", "1600", "--run-name", "run"]
-    for checkpoint, delay in ((400, 0.0), (1200, 0.3)):
+    for checkpoint, delay in ((400, 0.0), (800, 0.3), (1600, 0.0)):
         process = start(*flags)
         wait_for(process, f"checkpoint_{checkpoint:09d}.pt")
         time.sleep(delay)
@@ -210,6 +210,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(whole, tmp_pat
         assert path == chunk or before.name in str(error.value)
         last.write_bytes(intact)
     assert not (tmp_path / "run_by_pickle").exists()
+    last.unlink()
+    sac_vlmrm.main(["--resume", "runs/run"])
+    assert_same(whole[0], run)
 
 
 class Malice:
@@ -329,6 +332,7 @@ def test_cuda_where_there_is_none():
 @pytest.mark.parametrize("flags, environ, words", [
     (["--clip-alpha", "2"], {}, "--clip-alpha 2.0 is not between 0 and 1"),
     ([], {"MUJOCO_GL": "opengl"}, "MUJOCO_GL=opengl does not work here"),
+    (["--device", "tpu"], {}, "tpu"),
     (["--no-such-flag"], {}, "no-such-flag"),
 ])  # fmt: skip
 def test_bad_input_on_the_command_line(flags, environ, words):
