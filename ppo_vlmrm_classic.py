@@ -1,23 +1,9 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch>=2.6",
-#     "open_clip_torch>=3.3,<4",
-#     "tyro>=0.9",
-#     "tensorboard>=2.18",
-#     "numpy>=2.0",
-#     "tqdm>=4.66",
-#     "matplotlib>=3.9",
-#     "imageio>=2.36",
-#     "imageio-ffmpeg>=0.5",
-# ]
-# ///
 """CartPole and MountainCar from one sentence: a vision-language model is the reward, PPO the learner.
 
-Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024, section 4.2.
+Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024.
 
-    python ppo_vlmrm_classic.py                                     # CartPole on 2 CPU cores, offline, with the tiny CLIP
-    python ppo_vlmrm_classic.py --env-id MountainCarContinuous-v0   # the textured mountain; Gymnasium's: --drawing original
+    python ppo_vlmrm_classic.py                                     # CartPole, on 2 CPU cores, offline, the tiny CLIP
+    python ppo_vlmrm_classic.py --env-id MountainCarContinuous-v0   # textured; Gymnasium's drawing: --drawing original
     python ppo_vlmrm_classic.py --landscape-only --clip-model ViT-B-32/laion2b_s34b_b79k   # reward against angle
     python ppo_vlmrm_classic.py --reward ground-truth               # the learner without the VLM
     python ppo_vlmrm_classic.py --evaluate runs/RUN_NAME            # 100 episodes, success rate, video
@@ -33,6 +19,7 @@ An iteration of the main loop (Algorithm 1 of the paper, with PPO in the place o
 """
 
 import functools
+import io
 import json
 import os
 import platform
@@ -63,8 +50,7 @@ EPISODE_LENGTH = 200  # steps; every episode runs to its end (paper, section 4.2
 @dataclass
 class Args:
     # what to learn
-    env_id: Literal["CartPole-v1", "MountainCarContinuous-v0"] = "CartPole-v1"
-    """the scene; also chooses its column of DEFAULTS"""
+    env_id: Literal["CartPole-v1", "MountainCarContinuous-v0"] = "CartPole-v1"  # the scene; it has DEFAULTS of its own
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """what the picture should show; the paper's if not given; given several times, the embeddings are averaged"""
     baseline_prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -76,11 +62,10 @@ class Args:
     """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
-    """ground-truth: +1 in the goal and -1 outside (CartPole), +1 at the goal less Gymnasium's action cost (MountainCar)"""
+    """ground-truth: +1 in the goal, -1 outside (CartPole); +1 at the goal less Gymnasium's action cost (MountainCar)"""
 
     # the picture
-    drawing: Literal["textured", "original"] = "textured"
-    """textured: a small picture of the scene; original: in the style of Gymnasium's line drawing"""
+    drawing: Literal["textured", "original"] = "textured"  # a small picture of the scene, or Gymnasium's line drawing
     image_size: int = 0  # height and width in pixels; 0: the size the VLM takes
 
     # the run
@@ -116,13 +101,11 @@ class Args:
     standardize: bool = True  # scale the VLM reward to mean 0, deviation 1 over uniformly drawn states
 
 
-# What each scene needs. MountainCar's engine is too weak to climb: the car must swing to and fro, some 36 steps each way,
-# before it ever sees the top, and noise that is new at every step only makes it tremble. So an action is held for 20 steps
-# and drawn wide; 1 in 3 such random episodes reaches the top (1 in 7 with 10 steps), and PPO has examples to follow.
-DEFAULTS = {
-    "CartPole-v1": Args(),
-    "MountainCarContinuous-v0": Args(env_id="MountainCarContinuous-v0", action_repeat=20, num_envs=16, total_timesteps=200_000, ent_coef=0.01),
-}
+# What each scene needs. MountainCar's engine is too weak to climb: the car must swing to and fro, some 36 steps each
+# way, before it ever sees the top, and noise that is new at every step only makes it tremble. So an action is held for
+# 20 steps and drawn wide; 1 in 3 such random episodes reaches the top (1 in 7 with 10 steps): examples to follow.
+SWING = Args("MountainCarContinuous-v0", action_repeat=20, num_envs=16, total_timesteps=200_000, ent_coef=0.01)
+DEFAULTS = {"CartPole-v1": Args(), "MountainCarContinuous-v0": SWING}
 
 
 def check(ok, message):
@@ -133,9 +116,9 @@ def check(ok, message):
 
 # ENVIRONMENT: what the camera sees. Both scenes are drawn in numpy, pixel for pixel a function of the state.
 def fill(picture, points, color, radius=0.0):
-    """Fill a convex polygon, grown by `radius`; one point makes a disc. Edges are anti-aliased by their distance.
+    """Fill a convex polygon in picture (S, S, 3) uint8, grown by `radius`; one point makes a disc. Anti-aliased.
 
-    picture (S, S, 3) uint8 is changed in place. Points (K, 2) and radius are in its units: (0, 0) is the upper left corner.
+    Points (K, 2) and radius are shares of the picture's size: (0, 0) is the upper left corner, (1, 1) the lower right.
     """
     points, radius = np.asarray(points) * len(picture), radius * len(picture)
     x0, y0 = np.maximum(np.floor(points.min(0) - radius - 1).astype(int), 0)
@@ -218,7 +201,7 @@ LEFT, BOTTOM, METRES, STEEPEN = -1.4, -0.3, 2.3, 1.15  # its corner, its width, 
 
 
 def on_track(x):
-    """Point (..., 2) of the picture where the track is at x metres: Gymnasium's hill, 0.45 sin(3x) + 0.55 metres high."""
+    """Point (..., 2) of the picture where the track is at x metres: Gymnasium's hill, 0.45 sin(3x) + 0.55 high."""
     return np.stack([(x - LEFT) / METRES, 1 - (0.45 * np.sin(3 * x) + 0.55 - BOTTOM) * STEEPEN / METRES], -1)
 
 
@@ -239,7 +222,8 @@ def mountain_backdrop(size, textured):
     else:
         rng = np.random.default_rng(4)
         picture = blend(np.array([96, 158, 222]), y**0.8 + 0 * x, np.array([214, 232, 244]))
-        picture = blend(picture, np.clip((noise_texture(rng, fine, (3, 6, 12, 24), 0.8) - 0.5) / 0.2, 0, 0.85), 255)  # clouds
+        clouds = noise_texture(rng, fine, (3, 6, 12, 24), 0.8)
+        picture = blend(picture, np.clip((clouds - 0.5) / 0.2, 0, 0.85), 255)
         ridge = noise_texture(rng, fine, (2, 4, 8, 16, 32), 1.0)[0]
         for base, color in ((0.50, (168, 188, 212)), (0.40, (140, 164, 190))):  # far mountains in the haze
             ridge = np.roll(ridge, fine // 3)
@@ -275,10 +259,11 @@ def draw_mountain_car(x, size, textured=True):
         part([(-0.017, 0.018)], (128, 128, 128), radius=0.018)
         part([(0.017, 0.018)], (128, 128, 128), radius=0.018)
         return picture
-    part([(-0.052, 0.058), (0.03, 0.058), (0.008, 0.098), (-0.036, 0.098)], (206, 34, 40), radius=0.006)  # cabin
-    part([(-0.078, 0.03), (0.082, 0.03), (0.084, 0.05), (0.04, 0.062), (-0.076, 0.062)], (206, 34, 40), radius=0.008)  # body
-    part([(-0.042, 0.064), (-0.017, 0.064), (-0.017, 0.092), (-0.031, 0.092)], (196, 226, 246))  # windows
-    part([(-0.009, 0.064), (0.021, 0.064), (0.005, 0.092), (-0.009, 0.092)], (196, 226, 246))
+    red, glass = (206, 34, 40), (196, 226, 246)
+    part([(-0.052, 0.058), (0.03, 0.058), (0.008, 0.098), (-0.036, 0.098)], red, radius=0.006)  # cabin
+    part([(-0.078, 0.03), (0.082, 0.03), (0.084, 0.05), (0.04, 0.062), (-0.076, 0.062)], red, radius=0.008)  # body
+    part([(-0.042, 0.064), (-0.017, 0.064), (-0.017, 0.092), (-0.031, 0.092)], glass)
+    part([(-0.009, 0.064), (0.021, 0.064), (0.005, 0.092), (-0.009, 0.092)], glass)
     part([(0.086, 0.05)], (255, 240, 170), radius=0.008)  # headlight
     for wheel in ([(-0.046, 0.025)], [(0.05, 0.025)]):
         part(wheel, (28, 28, 32), radius=0.026)
@@ -286,9 +271,9 @@ def draw_mountain_car(x, size, textured=True):
     return picture
 
 
-# ENVIRONMENT: the physics of Gymnasium's CartPole-v1 and MountainCarContinuous-v0, N episodes side by side, no termination
+# ENVIRONMENT: physics of Gymnasium's CartPole-v1 and MountainCarContinuous-v0, N episodes side by side, no termination
 class CartPole:
-    """state (N, 4): x, its velocity, angle (0 up, positive to the right), its velocity. Actions (N,): 0 pushes left, 1 right."""
+    """state (N, 4): x, its velocity, angle (0 up, > 0 right), its velocity. Actions (N,): 0 pushes left, 1 right."""
 
     PROMPT, BASELINE = "pole vertically upright on top of the cart", "pole and cart"
     X_CLAMP = 3.0  # metres; wider than the goal's 2.4, so that a cart that left the goal is seen to have left
@@ -406,8 +391,8 @@ def load_clip(clip_model, device, precision):
         elif tags:  # a file does not say how its pictures were normalised: ask the published weights
             keys = ("mean", "std", "interpolation", "resize_mode")
             ways = [{key: open_clip.get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in tags]
-            check(all(way == ways[0] for way in ways), f"{where} published weights of {name} normalise pictures in several "
-                  "ways, a file does not say how; put it beside an open_clip_config.json and use local-dir:")  # fmt: skip
+            check(all(way == ways[0] for way in ways), f"{where} published weights of {name} normalise pictures in "
+                  "different ways; put the file beside an open_clip_config.json and use local-dir:")  # fmt: skip
             preprocess_cfg = {key: value for key, value in ways[0].items() if value is not None}
     try:
         tokenizer = open_clip.get_tokenizer(name)
@@ -497,7 +482,7 @@ def layer_init(layer, std=2**0.5):
 
 
 class Agent(nn.Module):
-    """Policy and value. `num_actions` discrete actions, or, if it is 0, one continuous action. Actions have shape (B,)."""
+    """Policy and value. `num_actions` discrete actions, or, if it is 0, a continuous one. Actions have shape (B,)."""
 
     def __init__(self, obs_dim, num_actions, init_std):
         super().__init__()
@@ -529,17 +514,13 @@ def gae(rewards, values, gamma, gae_lambda):
 
 def atomic_save(state, path):
     """Write aside, flush to disk, rename: a file of that name is always whole."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
-        aside.unlink(missing_ok=True)
-        raise SystemExit(f"error: can't write {path}, is the disk full? ({error}). What was saved before is whole; "
-                         "make room, then --resume")  # fmt: skip
+    buffer = io.BytesIO()  # written to directly, torch would report a full disk as a RuntimeError
+    torch.save(state, buffer)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def load_saved(path, keys, advice):
@@ -548,7 +529,8 @@ def load_saved(path, keys, advice):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # truncated, not a zip file, a pickle with code in it: each raises its own
         saved = ()
-    check(isinstance(saved, dict) and set(keys) <= saved.keys(), f"{path} is damaged or no file of this script; {advice}")
+    ours = isinstance(saved, dict) and set(keys) <= saved.keys()
+    check(ours, f"{path} is damaged or no file of this script; {advice}")
     return saved
 
 
@@ -580,13 +562,13 @@ def evaluate(scene, policy, score, episodes, seed, action_repeat):
 
 
 def draw(scene, result, textured, video, sheet, rows=2, columns=3, size=240):
-    """A video of the first episodes, and a contact sheet with one episode per row; framed in green while in the goal state."""
+    """Video of the first episodes, contact sheet with one episode per row; edged in green while in the goal state."""
     frames = np.zeros((rows * columns, EPISODE_LENGTH, size, size, 3), dtype=np.uint8)
     for episode, t in np.ndindex(min(len(frames), len(result["states"])), EPISODE_LENGTH):
-        frame = scene.draw(result["states"][episode, t], size, textured)
+        frames[episode, t] = frame = scene.draw(result["states"][episode, t], size, textured)
         if result["in_goal"][episode, t]:
-            frame[:4] = frame[-4:] = frame[:, :4] = frame[:, -4:] = (40, 200, 80)
-        frames[episode, t] = frame
+            frames[episode, t] = (40, 200, 80)
+            frames[episode, t, 4:-4, 4:-4] = frame[4:-4, 4:-4]
     tiles = frames.reshape(rows, columns, EPISODE_LENGTH, size, size, 3).transpose(2, 0, 3, 1, 4, 5)
     iio.imwrite(video, tiles.reshape(EPISODE_LENGTH, rows * size, columns * size, 3), fps=50, macro_block_size=1)
     small = frames[:, 19::20, ::2, ::2].swapaxes(1, 2)  # every 20th step: (episodes, size / 2, 10, size / 2, 3)
@@ -594,24 +576,24 @@ def draw(scene, result, textured, video, sheet, rows=2, columns=3, size=240):
 
 
 def final_evaluation(args, run_dir, scene, score, agent):
-    """Success and return of the best policy, of doing nothing and of acting at random; json, video and contact sheet."""
-    check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: the run has not reached its first evaluation")
+    """Success and return of the best policy, of doing nothing and of random actions; json, video, contact sheet."""
+    check((run_dir / "best.pt").is_file(), f"{run_dir} has no best.pt: it has not reached its first evaluation")
     best = load_saved(run_dir / "best.pt", ("agent", "global_step"), "a --resume may write it anew")
     agent.load_state_dict(best["agent"])
+    n = args.eval_episodes
     policies = {
         "greedy action": lambda obs: agent.greedy_action(obs.to(args.device)),
         "zero action": lambda obs: torch.zeros(len(obs)),  # CartPole can't do nothing: action 0 pushes to the left
-        "random action": lambda obs: torch.randint(2, (len(obs),)) if scene.num_actions else torch.rand(len(obs)) * 2 - 1,
+        "random action": lambda obs: torch.randint(2, (n,)) if scene.num_actions else torch.rand(n) * 2 - 1,
     }
-    summary = {"run": run_dir.name, "env_id": args.env_id, "prompt": args.prompt, "best_step": best["global_step"]}
-    print(f"{args.eval_episodes} episodes of each; best policy: that of step {best['global_step']}")
-    print(f"{'':16}{'success':>9}{'in goal':>9}{'return':>9}")
+    summary = {"prompt": args.prompt, "env_id": args.env_id, "episodes": n, "step": best["global_step"]}
+    print(f"{n} episodes of the policy of step {best['global_step']}")
     for name, policy in policies.items():
         torch.manual_seed(0)
-        result = evaluate(scene, policy, score, args.eval_episodes, 1_000_000, args.action_repeat)
-        success, share, mean_return = (float(result[key].mean()) for key in ("success", "in_goal", "returns"))
-        summary[name] = {"episodes": args.eval_episodes, "success_rate": success, "share_in_goal": share, "return": mean_return}
-        print(f"{name:16}{success:9.0%}{share:9.0%}{mean_return:9.2f}")
+        result = evaluate(scene, policy, score, n, 1_000_000, args.action_repeat)
+        columns = {"return": "returns", "success_rate": "success", "share_in_goal": "in_goal"}
+        summary[name] = row = {key: float(result[column].mean()) for key, column in columns.items()}
+        print(f"{name:15}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
         if name == "greedy action":
             draw(scene, result, args.drawing == "textured", run_dir / "eval.mp4", run_dir / "eval.png")
     (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -620,7 +602,7 @@ def final_evaluation(args, run_dir, scene, score, agent):
 
 
 def landscape(args, run_dir, scene, clip_reward, embed):
-    """Reward against angle or position, one curve per alpha (Fig. 2 of the paper), and its EPIC distance over uniform states.
+    """Reward against angle or position, a curve per alpha (Fig. 2 of the paper), and EPIC distance over uniform states.
 
     Returns the figure, the distances, and mean and deviation of the run's own reward over the uniform states.
     """
@@ -636,14 +618,16 @@ def landscape(args, run_dir, scene, clip_reward, embed):
             curves[f"alpha {alpha:g}"] = [clip_reward(e).cpu().numpy() for e in embeddings]
         clip_reward.alpha = args.clip_alpha
     figure = Figure(figsize=(6, 3.6), layout="tight")
-    axes = figure.add_subplot(xlabel=scene.AXIS_LABEL, ylabel="reward, rescaled to [0, 1]", title=f"{args.env_id}, {args.clip_model}")
+    axes = figure.add_subplot(xlabel=scene.AXIS_LABEL, ylabel="reward, rescaled to [0, 1]")
+    axes.set_title(f"{args.env_id}, {args.clip_model}")
     x, goal, epic = line[:, scene.AXIS] * scene.AXIS_UNIT, scene.in_goal(line), {}
     axes.axvspan(x[goal].min(), x[goal].max(), color="tab:green", alpha=0.2, label="goal")
     for name, (on_line, on_states) in curves.items():
         rho = np.corrcoef(on_states, scene.in_goal(states))[0, 1]
         epic[name] = float(np.sqrt(max(0, 1 - rho) / 2))
         print(f"{name:12}  EPIC distance {epic[name]:.3f}")
-        axes.plot(x, (on_line - on_line.min()) / np.ptp(on_line).clip(1e-9), linewidth=1.2, label=f"{name}, EPIC {epic[name]:.2f}")
+        rescaled = (on_line - on_line.min()) / np.ptp(on_line).clip(1e-9)
+        axes.plot(x, rescaled, linewidth=1.2, label=f"{name}, EPIC {epic[name]:.2f}")
     axes.legend(fontsize=7)
     figure.savefig(run_dir / "landscape.png", dpi=120)
     print(f"wrote {run_dir}/landscape.png")
@@ -660,7 +644,7 @@ def parse_args(argv):
             saved = json.loads((run_dir / "args.json").read_text())["args"]
         except (OSError, ValueError, KeyError):
             raise SystemExit(f"error: {run_dir} is not a run folder: it has no args.json that can be read")
-        check(saved.keys() == asdict(args).keys(), f"{run_dir} is not a run of this script, or of another version of it")
+        check(saved.keys() == asdict(args).keys(), f"{run_dir} is no run of this script, or of another version of it")
         default = Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     args = tyro.cli(Args, default=default, args=argv)
     if args.resume:
@@ -678,14 +662,13 @@ def parse_args(argv):
         check(not number or 0 < value < float("inf"), f"--{key.replace('_', '-')} must be positive")
     check(args.seed >= 0, "--seed can't be negative")
     check(args.gamma < 1 and args.gae_lambda <= 1, "--gamma must be below 1, --gae-lambda at most 1")
-    check(args.image_size == 0 or args.image_size >= 16, "--image-size must be at least 16, or 0 for the size the VLM takes")
-    check(EPISODE_LENGTH % args.action_repeat == 0, f"--action-repeat must divide the {EPISODE_LENGTH} steps of an episode")
+    check(args.image_size == 0 or args.image_size >= 16, "--image-size must be at least 16, or 0 for the VLM's own")
+    check(EPISODE_LENGTH % args.action_repeat == 0, f"--action-repeat must divide an episode's {EPISODE_LENGTH} steps")
     batch_size = args.num_envs * EPISODE_LENGTH // args.action_repeat
     check(2 * args.num_minibatches <= batch_size, f"--num-minibatches must leave 2 of {batch_size} actions for each")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu")
-    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: there is no Apple GPU; use --device cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = next(device for device in there if there[device]) if args.device == "auto" else args.device
+    check(there[args.device], f"--device {args.device}: PyTorch sees no such GPU; use --device cpu")
     check(args.clip_precision == "fp32" or args.device != "cpu", f"--clip-precision {args.clip_precision} needs a GPU")
     return args
 
@@ -697,25 +680,25 @@ def main(argv=None):
         args.run_name = args.run_name or f"{args.env_id}__ppo_vlmrm_classic__{args.seed}__{int(time.time())}"
         run_dir = Path("runs") / args.run_name
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
+        parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
+        check(parent.is_dir() and os.access(parent, os.W_OK), f"can't make the run folder {run_dir}")
     torch.manual_seed(args.seed)
 
     # reward model and env setup
-    scene, clip_reward, image_size = SCENES[args.env_id](), None, args.image_size
+    scene, clip_reward = SCENES[args.env_id](), None
     if args.reward == "vlm":
         clip_reward = CLIPReward(args.clip_model, args.prompt, args.baseline_prompt, args.clip_alpha, args.device,
                                  args.clip_precision, args.reward_batch_size)  # fmt: skip
-        image_size = args.image_size or clip_reward.image_size
 
     def embed(states):
         """Embeddings (M, D) of states (M, S), drawn in batches when their turn comes."""
-        embeddings = []
-        for batch in np.split(states, range(args.reward_batch_size, len(states), args.reward_batch_size)):
-            frames = np.stack([scene.draw(state, image_size, args.drawing == "textured") for state in batch])
-            embeddings.append(clip_reward.embed_images(frames))
-        return torch.cat(embeddings)
+        size, textured = args.image_size or clip_reward.image_size, args.drawing == "textured"
+        batches = np.split(states, range(args.reward_batch_size, len(states), args.reward_batch_size))
+        frames = (np.stack([scene.draw(state, size, textured) for state in batch]) for batch in batches)
+        return torch.cat([clip_reward.embed_images(batch) for batch in frames])
 
     def score(states, actions):
-        """Rewards (T / repeat, N) of states (T, N, S) and actions (T / repeat, N). The VLM sees what each action led to."""
+        """Rewards (T / repeat, N) of states (T, N, S) and actions (T / repeat, N), for what each action led to."""
         states = states[args.action_repeat - 1 :: args.action_repeat]
         if clip_reward is None:
             return scene.true_reward(states, actions.numpy())
@@ -747,10 +730,7 @@ def main(argv=None):
         torch.set_rng_state(checkpoint["torch_rng"])
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
     else:
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise SystemExit(f"error: can't make the run folder {run_dir}: {error.strerror}")
+        run_dir.mkdir(parents=True)
         packages = {name: version(name) for name in ("torch", "open_clip_torch", "numpy")}
         saved = {"args": asdict(args), "packages": packages | {"python": platform.python_version()}}
         (run_dir / "args.json").write_text(json.dumps(saved, indent=2) + "\n")
@@ -759,9 +739,9 @@ def main(argv=None):
 
         wandb.init(project=args.wandb_project_name, name=args.run_name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     if not args.resume:
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         figure, epic, reward_mean, reward_std = landscape(args, run_dir, scene, clip_reward, embed)
         (run_dir / "epic.json").write_text(json.dumps(epic, indent=2) + "\n")
         writer.add_figure("landscape", figure)
@@ -779,15 +759,17 @@ def main(argv=None):
         ratio = log_ratio.exp()
         if args.norm_adv:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        pg_loss = -torch.min(advantages * ratio, advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = -torch.min(advantages * ratio, advantages * clipped).mean()
         v_loss = 0.5 * F.mse_loss(agent.critic(obs), returns)
         entropy = distribution.entropy().mean()
         optimizer.zero_grad()
         (pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss).backward()
         nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
-        approx_kl, clipfrac = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > args.clip_coef).float().mean()
-        return {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy, "approx_kl": approx_kl, "clipfrac": clipfrac}
+        approx_kl, clipfrac = (ratio - 1 - log_ratio).mean(), (ratio != clipped).float().mean()
+        return {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy, "approx_kl": approx_kl,
+                "clipfrac": clipfrac}  # fmt: skip
 
     stopping = []
 
@@ -797,10 +779,11 @@ def main(argv=None):
         signal.signal(signum, signal.SIG_DFL)
 
     handlers = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = f"what was saved before is whole: --resume {run_dir}"
     with tqdm(total=args.total_timesteps, initial=state["global_step"], unit="step", dynamic_ncols=True) as progress:
         while state["global_step"] < args.total_timesteps and not stopping:
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - state["global_step"] / args.total_timesteps) * args.learning_rate
+            remaining = 1 - state["global_step"] / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
 
             # collect: a whole episode in every environment
             times = [time.perf_counter()]
@@ -811,7 +794,7 @@ def main(argv=None):
 
             # score: the VLM sees the pictures, the actions get their rewards
             rewards = score(states, actions)  # (T / repeat, N)
-            check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; --resume starts before it")
+            check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; {before}")
             state["global_step"] = global_step = state["global_step"] + args.num_envs * EPISODE_LENGTH
             times.append(time.perf_counter())
 
@@ -826,16 +809,16 @@ def main(argv=None):
             for _ in range(args.update_epochs):
                 for rows in torch.randperm(actions.numel()).chunk(args.num_minibatches):
                     metrics = update(*(x[rows] for x in batch))
+            finite = all(tensor.isfinite().all() for tensor in [*metrics.values(), *agent.parameters()])
+            check(finite, f"a loss or a weight is not finite at step {global_step}; {before}")
             times.append(time.perf_counter())
 
             # log
             in_goal, mean_return = scene.in_goal(states).T, float(rewards.sum(0).mean())
             success = float(scene.success(in_goal).mean())
             scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
-            check(np.isfinite(list(scalars.values())).all(), f"a loss is not finite at step {global_step}; --resume starts before it")
-            check(all(p.isfinite().all() for p in agent.parameters()), f"a weight is not finite at step {global_step}; --resume starts before it")
-            scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
-            scalars |= {"charts/SPS": in_goal.size / (times[-1] - times[0]), "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+            scalars |= {f"time/{stage}": t for stage, t in zip(("collect", "score", "learn"), np.diff(times))}
+            scalars |= {"charts/SPS": in_goal.size / (times[-1] - times[0]), "charts/learning_rate": learning_rate}
             scalars |= {"charts/vlm_return" if args.reward == "vlm" else "charts/episodic_return": mean_return}
             scalars |= {"charts/success_rate": success, "charts/share_in_goal": in_goal.mean()}
             progress.update(in_goal.size)
@@ -867,4 +850,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, most of all
-        raise SystemExit(f"error: {error}. What was saved before is whole; make room, then --resume")
+        raise SystemExit(f"error: {error}; what was saved before is whole, --resume goes on")

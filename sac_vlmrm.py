@@ -1,24 +1,9 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch>=2.6",
-#     "open_clip_torch>=3.3,<4",
-#     "gymnasium[mujoco]>=1.2,<2",
-#     "tyro>=0.9",
-#     "tensorboard>=2.18",
-#     "numpy>=2.0",
-#     "tqdm>=4.66",
-#     "matplotlib>=3.9",
-#     "imageio>=2.36",
-#     "imageio-ffmpeg>=0.5",
-# ]
-# ///
 """Teach the MuJoCo humanoid a pose with one sentence: a vision-language model is the reward, SAC the learner.
 
 Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024.
 
     python sac_vlmrm.py --prompt "a humanoid robot kneeling"          # 2 CPU cores, offline, with the shipped tiny CLIP
-    python sac_vlmrm.py paper --prompt "a humanoid robot kneeling"    # the paper's set-up: ViT-bigG-14, 10M steps, a GPU
+    python sac_vlmrm.py paper --prompt "a humanoid robot kneeling"    # the paper's set-up: ViT-bigG-14, 10M steps, GPU
     python sac_vlmrm.py --clip-model ViT-B-32/laion2b_s34b_b79k --prompt "a humanoid robot doing the splits"
     python sac_vlmrm.py --evaluate runs/RUN_NAME                            # 100 episodes, success rate, video
     python sac_vlmrm.py --resume runs/RUN_NAME                              # go on after a crash or Ctrl-C
@@ -32,6 +17,8 @@ A round of the main loop (Algorithm 1 of the paper):
     learn    gradient steps on the relabelled buffer
 """
 
+import copy
+import io
 import json
 import multiprocessing
 import os
@@ -83,8 +70,7 @@ class Args:
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: Gymnasium's own Humanoid reward, which pays for running; a reference for the learner"""
-    task: str = ""
-    """whose success to report (see TASKS); recognised from the prompt if not given, never seen by the learner"""
+    task: str = ""  # whose success to report (see TASKS); if not given, recognised from the prompt. Not for the learner
 
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic sky, floor and robot (paper, Fig. 3)
@@ -107,13 +93,13 @@ class Args:
     select_episodes: int = 8  # episodes of that short evaluation
 
     # SAC
-    total_timesteps: int = 80_000  # of all environments together
+    total_timesteps: int = 100_000  # of all environments together
     num_envs: int = 4  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     gradient_steps: int = 400  # updates per round (one episode of every environment)
     buffer_size: int = 200_000
     batch_size: int = 128
-    gamma: float = 0.98  # sees 50 steps ahead; with the paper's 0.95, 20, the robot learns to keep its balance more slowly
+    gamma: float = 0.98  # sees 50 steps ahead; with the paper's 0.95, 20, the robot learns to balance more slowly
     tau: float = 0.005
     policy_lr: float = 6e-4
     q_lr: float = 6e-4
@@ -435,8 +421,8 @@ def load_clip(clip_model, device, precision):
         elif tags:  # a file does not say how its pictures were normalised: ask the published weights
             keys = ("mean", "std", "interpolation", "resize_mode")
             ways = [{key: open_clip.get_pretrained_cfg(name, tag).get(key) for key in keys} for tag in tags]
-            check(all(way == ways[0] for way in ways), f"{where} published weights of {name} normalise pictures in several "
-                  "ways, a file does not say how; put it beside an open_clip_config.json and use local-dir:")  # fmt: skip
+            check(all(way == ways[0] for way in ways), f"{where} published weights of {name} normalise pictures in "
+                  "different ways; put the file beside an open_clip_config.json and use local-dir:")  # fmt: skip
             preprocess_cfg = {key: value for key, value in ways[0].items() if value is not None}
     try:
         tokenizer = open_clip.get_tokenizer(name)
@@ -583,17 +569,13 @@ def act(policy, standardize, obs):
 
 def atomic_save(state, path):
     """Write aside, flush to disk, rename: a file of that name is always whole."""
-    aside = path.with_suffix(".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
-        aside.unlink(missing_ok=True)
-        raise SystemExit(f"error: can't write {path}, is the disk full? ({error}). What was saved before is whole; "
-                         "make room, then --resume")  # fmt: skip
+    buffer = io.BytesIO()  # written to directly, torch would report a full disk as a RuntimeError
+    torch.save(state, buffer)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def load_saved(path, keys, advice):
@@ -602,7 +584,8 @@ def load_saved(path, keys, advice):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # truncated, not a zip file, a pickle with code in it: each raises its own
         saved = ()
-    check(isinstance(saved, dict) and set(keys) <= saved.keys(), f"{path} is damaged or no file of this script; {advice}")
+    ours = isinstance(saved, dict) and set(keys) <= saved.keys()
+    check(ours, f"{path} is damaged or no file of this script; {advice}")
     return saved
 
 
@@ -649,7 +632,7 @@ class ReplayBuffer:
             chunk = load_saved(path, self.data, before)
             self.total = stop - len(chunk["rewards"])
             self.add(**chunk)
-        check(self.total == total, f"{folder}: the replay chunks end at step {self.total}, the checkpoint is at {total}")
+        check(self.total == total, f"{folder}: the replay chunks end at step {self.total}, the checkpoint at {total}")
         self.saved = self.total
 
 
@@ -762,13 +745,14 @@ def parse_args(argv):
             saved = json.loads((run_dir / "args.json").read_text())["args"]
         except (OSError, ValueError, KeyError):
             raise SystemExit(f"error: {run_dir} is not a run folder: it has no args.json that can be read")
-        check(saved.keys() == asdict(args).keys(), f"{run_dir} is not a run of this script, or of another version of it")
-        saved = Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
-        args = tyro.cli(Args, default=saved, args=argv)
+        check(saved.keys() == asdict(args).keys(), f"{run_dir} is no run of this script, or of another version of it")
+        default = Args(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+        args = tyro.cli(Args, default=default, args=argv)
+    if args.resume:
         free = {"resume", "device", "total_timesteps", "track", "eval_episodes"}
-        changed = [key for key, value in asdict(args).items() if value != getattr(saved, key) and key not in free]
-        check(not args.resume or not changed, f"--resume goes on with the run's own flags; changed: {', '.join(changed)}")
-        check(args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
+        changed = [key for key, value in asdict(args).items() if value != getattr(default, key) and key not in free]
+        check(not changed, f"--resume goes on with the run's own flags; changed: {', '.join(changed)}")
+        check(args.total_timesteps >= default.total_timesteps, "--total-timesteps can only be raised")
     if args.reward == "vlm":
         args.baseline_prompt = args.baseline_prompt or ("a humanoid robot",)
         check(args.prompt, 'tell the robot what to do, e.g. --prompt "a humanoid robot kneeling"')
@@ -776,20 +760,18 @@ def parse_args(argv):
     args.task = args.task or next((TASK_PROMPTS[prompt] for prompt in args.prompt if prompt in TASK_PROMPTS), "")
     check(not args.task or args.task in TASKS, f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
     check(0 <= args.clip_alpha <= 1, f"--clip-alpha {args.clip_alpha} is not between 0 and 1")
-    free_of_sign = ("seed", "image_size", "clip_alpha", "learning_starts", "target_entropy", "final_target_entropy")
     for key, value in asdict(args).items():
-        positive = type(value) in (int, float) and key not in free_of_sign
-        check(not positive or 0 < value < float("inf"), f"--{key.replace('_', '-')} must be positive")
+        if type(value) in (int, float) and "entropy" not in key and key != "clip_alpha":
+            low, wanted = (0, "at least 0") if key in ("seed", "image_size", "learning_starts") else (1e-12, "positive")
+            check(low <= value < float("inf"), f"--{key.replace('_', '-')} must be {wanted}")
     check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
-    check(min(args.seed, args.image_size, args.learning_starts) >= 0, "--seed, --image-size and --learning-starts can't be "
-          "negative")  # fmt: skip
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
     check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is below one episode of every environment")
-    check(args.evaluate or args.learning_starts < args.total_timesteps, "--learning-starts is not below --total-timesteps")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU; use --device cpu")
-    check(args.device != "mps" or torch.backends.mps.is_available(), "--device mps: no Apple GPU; use --device cpu")
+    enough = args.evaluate or args.learning_starts < args.total_timesteps
+    check(enough, "--learning-starts is not below --total-timesteps")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = next(device for device in there if there[device]) if args.device == "auto" else args.device
+    check(there[args.device], f"--device {args.device}: PyTorch sees no such GPU; use --device cpu")
     check(args.clip_precision == "fp32" or args.device != "cpu", f"--clip-precision {args.clip_precision} needs a GPU")
     return args
 
@@ -802,7 +784,7 @@ def main(argv=None):
         run_dir = Path("runs") / args.run_name
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
         parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
-        check(parent.is_dir() and os.access(parent, os.W_OK), f"can't make the run folder {run_dir}: {parent} is not writable")
+        check(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} is not writable, so there can be no {run_dir}")
     needed, memory = args.buffer_size * 448, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
     memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else memory
     check(needed < 0.9 * memory, f"--buffer-size {args.buffer_size} takes {needed / 1e9:.1f} GB of memory, there are "
@@ -829,8 +811,8 @@ def main(argv=None):
     print(f"task: {args.task or 'not one of TASKS, so there is no success rate, only the reward'}")
     env_fn = make_env(image_size, args.textures, args.camera, args.shadows, args.task)
     # workers fork from a process that has imported these once: started in half the time, in a quarter of the memory
-    multiprocessing.set_forkserver_preload(["torch", "open_clip", "gymnasium.envs.mujoco.humanoid_v5", "matplotlib.figure",
-                                            "imageio.v3", "tyro", "torch.utils.tensorboard"])  # fmt: skip
+    multiprocessing.set_forkserver_preload(["torch", "open_clip", "gymnasium.envs.mujoco.humanoid_v5", "imageio.v3",
+                                            "matplotlib.figure", "tyro", "torch.utils.tensorboard"])  # fmt: skip
     disabled = gym.vector.AutoresetMode.DISABLED  # all episodes end together, and are reset together
     envs = gym.vector.AsyncVectorEnv([env_fn] * args.num_envs, context="forkserver", copy=False,
                                      autoreset_mode=disabled)  # fmt: skip
@@ -856,15 +838,12 @@ def run(args, run_dir, envs, score):
     if args.evaluate:
         return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
-    qf1, qf2, qf1_target, qf2_target = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(4))
-    average_actor = Actor(obs_dim, action_dim).to(device)  # over some 1000 updates: what is evaluated and kept
-    average_actor.load_state_dict(actor.state_dict())
-    qf1_target.load_state_dict(qf1.state_dict())
-    qf2_target.load_state_dict(qf2.state_dict())
+    qf1, qf2 = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(2))
+    # copies that follow slowly; the average of the actor, over some 1000 updates, is what is evaluated and kept
+    qf1_target, qf2_target, average_actor = (copy.deepcopy(net).requires_grad_(False) for net in (qf1, qf2, actor))
     q_parameters = [*qf1.parameters(), *qf2.parameters()]
-    target_parameters = [p.requires_grad_(False) for p in [*qf1_target.parameters(), *qf2_target.parameters()]]
-    actor_parameters = [*actor.parameters()]
-    average_parameters = [p.requires_grad_(False) for p in average_actor.parameters()]
+    target_parameters = [*qf1_target.parameters(), *qf2_target.parameters()]
+    actor_parameters, average_parameters = [*actor.parameters()], [*average_actor.parameters()]
     log_alpha = torch.tensor([args.alpha], device=device).log().requires_grad_()
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
@@ -961,8 +940,8 @@ def run(args, run_dir, envs, score):
             noise = torch.randn(args.num_envs, action_dim)
             if state["global_step"] < args.learning_starts:
 
-                def policy(obs):
-                    noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)  # N(0, 1), correlated in time
+                def policy(obs):  # N(0, 1), correlated in time, squashed
+                    noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)
                     return torch.tanh(noise).numpy()
             else:
 
@@ -975,8 +954,8 @@ def run(args, run_dir, envs, score):
 
             # score: the VLM sees the frames, the transitions get their rewards
             rewards = score(steps)  # (T, N)
-            check(np.isfinite(steps["next_obs"]).all(), f"an observation is not finite after step {state['global_step']}; {before}")
-            check(np.isfinite(rewards).all(), f"a reward is not finite after step {state['global_step']}; {before}")
+            for name, values in (("an observation", steps["next_obs"]), ("a reward", rewards)):
+                check(np.isfinite(values).all(), f"{name} is not finite after step {state['global_step']}; {before}")
             transitions = {key: steps[key].reshape(rewards.size, -1) for key in ("obs", "actions", "next_obs")}
             rb.add(**transitions, rewards=rewards.reshape(-1))
             state["global_step"] = global_step = state["global_step"] + rewards.size
@@ -1001,22 +980,22 @@ def run(args, run_dir, envs, score):
                     metrics |= update_critics(**batch)
                     if update % args.policy_frequency == 0:
                         metrics |= update_actor(batch["obs"], target_entropy)
+            finite = all(tensor.isfinite().all() for tensor in [*metrics.values(), *actor_parameters, *q_parameters])
+            check(finite, f"a loss or a weight is not finite at step {global_step}; {before}")
             times.append(time.perf_counter())
-            check(all(metric.isfinite() for metric in metrics.values()), f"a loss is not finite at step {global_step}; {before}")
-            check(all(p.isfinite().all() for p in actor_parameters + q_parameters), f"a weight is not finite at step {global_step}; {before}")
 
             # log
             success = success_rate(steps["success"].T)
             state["history"].append((global_step, float(rewards.sum(0).mean()), success))
             scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
-            scalars |= {f"time/{stage}": seconds for stage, seconds in zip(("collect", "score", "learn"), np.diff(times))}
+            scalars |= {f"time/{stage}": t for stage, t in zip(("collect", "score", "learn"), np.diff(times))}
             scalars |= {"charts/SPS": rewards.size / (times[-1] - times[0])}
             scalars |= {"charts/episodic_return": steps["env_rewards"].sum(0).mean()}
             scalars |= {"charts/vlm_return": rewards.sum(0).mean()} if args.reward == "vlm" else {}
             scalars |= {"charts/success_rate": success} if args.task else {}
             progress.update(rewards.size)
             recent = np.mean([row[1:] for row in state["history"][-10:]], axis=0)
-            shown = {"reward": f"{recent[0] / EPISODE_LENGTH:.3f}"} | ({"success": f"{recent[1]:.0%}"} if args.task else {})
+            shown = {"reward": f"{recent[0] / EPISODE_LENGTH:.3f}", "success": f"{recent[1]:.0%}" if args.task else "?"}
             progress.set_postfix(shown)
 
             # evaluate the mean action, keep the best policy, save

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -176,15 +175,6 @@ def test_the_shipped_policy_kneels(tmp_path):
     assert summary["mean action"]["return"] > summary["random action"]["return"] + 20
 
 
-def test_requirements_and_script_headers_are_in_step():
-    """What `uv run` installs for the scripts is what pip installs, but for the packages of special VLMs and the tests."""
-    listed = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
-    headers = {line[3:].strip(' ",') for name in ("sac_vlmrm.py", "ppo_vlmrm_classic.py", "epic_vlmrm.py")
-               for line in (ROOT / name).read_text().split("# ///")[1].splitlines() if line.startswith('#     "')}  # fmt: skip
-    assert headers and headers <= listed
-    assert {re.split(r"[^a-z_-]", name)[0] for name in listed - headers} == {"transformers", "sentencepiece", "pytest"}
-
-
 # faults
 def test_a_worker_that_dies_ends_the_run_with_the_cause():
     process = start(*STANDING, "--total-timesteps", "100000", "--run-name", "run")
@@ -240,13 +230,13 @@ def small_files():
 
 
 def test_disk_full(whole, tmp_path, small_files):
-    """The run ends with a clear line, and goes on from the checkpoint before once there is room."""
+    """The run ends with the system's word for it, and goes on from the checkpoint before once there is room."""
     run = tmp_path / "runs/run"
     shutil.copytree(whole[0], run)
     (run / "checkpoint_000001600.pt").unlink()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     small_files()
-    with pytest.raises(SystemExit, match="can't write runs/run/(best|checkpoint_000001600).pt.*make room, then --resume"):
+    with pytest.raises(SystemExit, match="runs/run: .*File too large; what was saved before is whole: --resume runs/run"):
         sac_vlmrm.main(["--resume", "runs/run"])
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     sac_vlmrm.main(["--resume", "runs/run"])
@@ -325,7 +315,7 @@ def test_bad_input_is_one_clear_line(flags, words, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
 def test_cuda_where_there_is_none():
-    with pytest.raises(SystemExit, match="sees no GPU"):
+    with pytest.raises(SystemExit, match="sees no such GPU"):
         sac_vlmrm.main([*KNEEL, "--device", "cuda"])
 
 
