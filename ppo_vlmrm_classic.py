@@ -58,8 +58,7 @@ class Args:
     clip_alpha: float = 0.0  # strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1
     clip_model: str = "local-dir:tiny_clip"
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
-    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower; the reward itself is always fp32
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: +1 in the goal, -1 outside (CartPole); +1 at the goal less Gymnasium's action cost (MountainCar)"""
@@ -78,8 +77,7 @@ class Args:
     resume: str = ""  # run folder to go on with; takes its flags, only --total-timesteps may be raised
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # episodes of the final evaluation
-    eval_frequency: int = 8000
-    """steps between checkpoints, each with a short evaluation of the greedy action that decides the best policy"""
+    eval_frequency: int = 8000  # steps between checkpoints, each with a short evaluation that decides the best policy
     select_episodes: int = 8  # episodes of that short evaluation
 
     # PPO
@@ -496,9 +494,6 @@ class Agent(nn.Module):
             return Categorical(logits=self.actor(obs), validate_args=False)
         return Normal(self.actor(obs).squeeze(-1), self.actor_logstd.exp(), validate_args=False)
 
-    def greedy_action(self, obs):
-        return self.distribution(obs).mode
-
 
 def gae(rewards, values, gamma, gae_lambda):
     """Advantages (T, N) of rewards (T, N) and values (T + 1, N).
@@ -527,11 +522,9 @@ def load_saved(path, keys, advice):
     """What atomic_save wrote. A damaged or foreign file ends the program with its name; code in it is never run."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in keys}
     except Exception:  # truncated, not a zip file, a pickle with code in it: each raises its own
-        saved = ()
-    ours = isinstance(saved, dict) and set(keys) <= saved.keys()
-    check(ours, f"{path} is damaged or no file of this script; {advice}")
-    return saved
+        raise SystemExit(f"error: {path} is damaged or no file of this script; {advice}")
 
 
 # EVALUATION
@@ -582,7 +575,7 @@ def final_evaluation(args, run_dir, scene, score, agent):
     agent.load_state_dict(best["agent"])
     n = args.eval_episodes
     policies = {
-        "greedy action": lambda obs: agent.greedy_action(obs.to(args.device)),
+        "greedy action": lambda obs: agent.distribution(obs.to(args.device)).mode,
         "zero action": lambda obs: torch.zeros(len(obs)),  # CartPole can't do nothing: action 0 pushes to the left
         "random action": lambda obs: torch.randint(2, (n,)) if scene.num_actions else torch.rand(n) * 2 - 1,
     }
@@ -591,8 +584,8 @@ def final_evaluation(args, run_dir, scene, score, agent):
     for name, policy in policies.items():
         torch.manual_seed(0)
         result = evaluate(scene, policy, score, n, 1_000_000, args.action_repeat)
-        columns = {"return": "returns", "success_rate": "success", "share_in_goal": "in_goal"}
-        summary[name] = row = {key: float(result[column].mean()) for key, column in columns.items()}
+        row = {"return": result["returns"], "success_rate": result["success"], "share_in_goal": result["in_goal"]}
+        summary[name] = row = {key: float(values.mean()) for key, values in row.items()}
         print(f"{name:15}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
         if name == "greedy action":
             draw(scene, result, args.drawing == "textured", run_dir / "eval.mp4", run_dir / "eval.png")
@@ -723,7 +716,7 @@ def main(argv=None):
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
         before = f"remove it to go on from {checkpoints[-2].name}" if checkpoints[1:] else "there is none before it"
-        checkpoint = load_saved(checkpoints[-1], ("agent", "optimizer", "state", "torch_rng"), before)
+        checkpoint = load_saved(checkpoints[-1], ("agent", "optimizer", "state", "torch_rng", "cuda_rng"), before)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state = checkpoint["state"]
@@ -827,7 +820,7 @@ def main(argv=None):
             # evaluate the greedy action, keep the best policy, save
             due = global_step % args.eval_frequency < in_goal.size or global_step >= args.total_timesteps
             if due:
-                policy = lambda obs: agent.greedy_action(obs.to(args.device))
+                policy = lambda obs: agent.distribution(obs.to(args.device)).mode
                 result = evaluate(scene, policy, score, args.select_episodes, 2_000_000, args.action_repeat)
                 scalars |= {"eval/return": result["returns"].mean(), "eval/success_rate": result["success"].mean()}
                 if scalars["eval/return"] > state["best_return"]:

@@ -65,8 +65,7 @@ class Args:
     clip_alpha: float = 0.0  # strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1
     clip_model: str = "local-dir:tiny_clip"
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
-    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower; the reward itself is always fp32
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: Gymnasium's own Humanoid reward, which pays for running; a reference for the learner"""
@@ -582,11 +581,9 @@ def load_saved(path, keys, advice):
     """What atomic_save wrote. A damaged or foreign file ends the program with its name; code in it is never run."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in keys}
     except Exception:  # truncated, not a zip file, a pickle with code in it: each raises its own
-        saved = ()
-    ours = isinstance(saved, dict) and set(keys) <= saved.keys()
-    check(ours, f"{path} is damaged or no file of this script; {advice}")
-    return saved
+        raise SystemExit(f"error: {path} is damaged or no file of this script; {advice}")
 
 
 class ReplayBuffer:
@@ -901,7 +898,7 @@ def run(args, run_dir, envs, score):
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
         before = f"remove it to go on from {checkpoints[-2].name}" if checkpoints[1:] else "there is none before it"
-        checkpoint = load_saved(checkpoints[-1], [*modules, "log_alpha", "state", "torch_rng"], before)
+        checkpoint = load_saved(checkpoints[-1], [*modules, "log_alpha", "state", "torch_rng", "cuda_rng"], before)
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         log_alpha.data.copy_(checkpoint["log_alpha"])

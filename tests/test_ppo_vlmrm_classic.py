@@ -210,8 +210,8 @@ def test_agent_distributions():
     discrete, continuous = ppo.Agent(5, 2, 1.0), ppo.Agent(5, 0, 0.5)
     assert discrete.distribution(obs).sample().shape == continuous.distribution(obs).sample().shape == (7,)
     assert continuous.distribution(obs).stddev.tolist() == [0.5] * 7
-    assert torch.equal(discrete.greedy_action(obs), discrete.distribution(obs).probs.argmax(-1))
-    assert torch.equal(continuous.greedy_action(obs), continuous.distribution(obs).mean)
+    assert torch.equal(discrete.distribution(obs).mode, discrete.distribution(obs).probs.argmax(-1)), "the greedy action"
+    assert torch.equal(continuous.distribution(obs).mode, continuous.distribution(obs).mean)
     assert discrete.critic(obs).shape == (7,) and discrete.critic(obs.expand(3, 7, 5)).shape == (3, 7)
 
 
