@@ -19,7 +19,6 @@ An iteration of the main loop (Algorithm 1 of the paper, with PPO in the place o
 """
 
 import functools
-import io
 import json
 import os
 import platform
@@ -58,7 +57,8 @@ class Args:
     clip_alpha: float = 0.0  # strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1
     clip_model: str = "local-dir:tiny_clip"
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
-    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower; the reward itself is always fp32
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: +1 in the goal, -1 outside (CartPole); +1 at the goal less Gymnasium's action cost (MountainCar)"""
@@ -509,13 +509,17 @@ def gae(rewards, values, gamma, gae_lambda):
 
 def atomic_save(state, path):
     """Write aside, flush to disk, rename: a file of that name is always whole."""
-    buffer = io.BytesIO()  # written to directly, torch would report a full disk as a RuntimeError
-    torch.save(state, buffer)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
+        aside.unlink(missing_ok=True)
+        raise SystemExit(f"error: can't write {path}, is the disk full? ({error}). What was saved before is whole; "
+                         "make room, then --resume")  # fmt: skip
 
 
 def load_saved(path, keys, advice):
@@ -674,7 +678,7 @@ def main(argv=None):
         run_dir = Path("runs") / args.run_name
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
         parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
-        check(parent.is_dir() and os.access(parent, os.W_OK), f"can't make the run folder {run_dir}")
+        check(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} is not writable: no run folder {run_dir}")
     torch.manual_seed(args.seed)
 
     # reward model and env setup
@@ -843,4 +847,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # a full disk, most of all
-        raise SystemExit(f"error: {error}; what was saved before is whole, --resume goes on")
+        raise SystemExit(f"error: {error}. What was saved before is whole; make room, then --resume")

@@ -18,7 +18,6 @@ A round of the main loop (Algorithm 1 of the paper):
 """
 
 import copy
-import io
 import json
 import multiprocessing
 import os
@@ -65,7 +64,8 @@ class Args:
     clip_alpha: float = 0.0  # strength of the goal-baseline regularisation, 0 (plain CLIP reward) to 1
     clip_model: str = "local-dir:tiny_clip"
     """NAME/TAG, NAME/weights.pt, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them"""
-    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower; the reward itself is always fp32
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """precision of the image tower; bf16 and fp16 need a GPU. The reward itself is always fp32"""
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"
     """ground-truth: Gymnasium's own Humanoid reward, which pays for running; a reference for the learner"""
@@ -568,13 +568,17 @@ def act(policy, standardize, obs):
 
 def atomic_save(state, path):
     """Write aside, flush to disk, rename: a file of that name is always whole."""
-    buffer = io.BytesIO()  # written to directly, torch would report a full disk as a RuntimeError
-    torch.save(state, buffer)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, when the disk is full
+        aside.unlink(missing_ok=True)
+        raise SystemExit(f"error: can't write {path}, is the disk full? ({error}). What was saved before is whole; "
+                         "make room, then --resume")  # fmt: skip
 
 
 def load_saved(path, keys, advice):
