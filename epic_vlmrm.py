@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6", "open_clip_torch>=3.3,<4", "gymnasium[mujoco]>=1.2,<2", "tyro>=0.9", "tensorboard>=2.18",
+#                 "numpy>=2.0", "tqdm>=4.66", "matplotlib>=3.9", "imageio>=2.36", "imageio-ffmpeg>=0.5"]
+# ///
 """How good is a VLM as a reward model? Its EPIC distance to the truth, without training a policy (paper, section 4.4).
 
 Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement Learning", ICLR 2024.

@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,20 @@ def test_the_shipped_policy_kneels(tmp_path):
     assert summary["mean action"]["success_rate"] >= 0.75 and summary["mean action"]["share_in_goal"] > 0.5
     assert summary["zero action"]["success_rate"] == summary["random action"]["success_rate"] == 0
     assert summary["mean action"]["return"] > summary["random action"]["return"] + 20
+
+
+def header(script):
+    """The requirements in a script's head, which `uv run` installs (PEP 723)."""
+    block = (ROOT / script).read_text().split("# /// script\n")[1].split("# ///")[0]
+    return set(tomllib.loads(re.sub("^# ", "", block, flags=re.MULTILINE))["dependencies"])
+
+
+def test_requirements_and_script_headers_are_in_step():
+    """What `uv run` installs for the scripts is what pip installs, but for the packages of special VLMs and the tests."""
+    listed = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
+    sac, ppo, epic = (header(script) for script in ("sac_vlmrm.py", "ppo_vlmrm_classic.py", "epic_vlmrm.py"))
+    assert sac == epic and ppo == sac - {"gymnasium[mujoco]>=1.2,<2"}
+    assert {re.split("[^a-z_-]", name)[0] for name in listed ^ sac} == {"transformers", "sentencepiece", "pytest"}
 
 
 # faults
