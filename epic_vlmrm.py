@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.6", "open_clip_torch>=3.3,<4", "gymnasium[mujoco]>=1.2,<2", "tyro>=0.9", "tensorboard>=2.18",
-#                 "numpy>=2.0", "tqdm>=4.66", "matplotlib>=3.9", "imageio>=2.36", "imageio-ffmpeg>=0.5"]
+# dependencies = ["torch>=2.6", "open_clip_torch>=3.3,<4", "gymnasium[mujoco]>=1.2,<2", "tyro>=0.9", "numpy>=2.0",
+#                 "tensorboard>=2.18", "tqdm>=4.66", "matplotlib>=3.9", "imageio>=2.36", "imageio-ffmpeg>=0.5"]
 # ///
 """How good is a VLM as a reward model? Its EPIC distance to the truth, without training a policy (paper, section 4.4).
 
@@ -393,7 +393,7 @@ def plot_size(results, args, path):
                     mark = {"marker": "Ds^vP*"[hollow.index(name) % 6], "markerfacecolor": "none", "linestyle": ""}
                     ax.plot(size, np.mean(seeds), color=color, label=name if i == 0 else None, **mark)
         ax.set_xscale("log")
-        ax.set_xticks(sizes, [f"{size / 1e6:.2g}M" for size in sizes])
+        ax.set_xticks(sizes, [f"{size / 1e6:.2g}M" for size in sizes], fontsize=8)
         ax.set_xticks([], minor=True)
         ax.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
     finish(figure, axes, path)

@@ -69,7 +69,7 @@ class Args:
     """ground-truth: +1 in the goal, -1 outside (CartPole); +1 at the goal less Gymnasium's action cost (MountainCar)"""
 
     # the picture
-    drawing: Literal["textured", "original"] = "textured"  # a small picture of the scene, or Gymnasium's line drawing
+    drawing: Literal["textured", "original"] = "textured"  # of MountainCar: a picture, or Gymnasium's line drawing
     image_size: int = 0  # height and width in pixels; 0: the size the VLM takes
 
     # the run
@@ -160,42 +160,15 @@ def noise_texture(rng, size, octaves, falloff=1.0):
 
 
 @functools.lru_cache
-def cartpole_backdrop(size, textured):
+def cartpole_backdrop(size):
     """Everything that does not move, (size, size, 3) uint8."""
-    if not textured:  # as Gymnasium: a black line on white
-        picture = np.full((size, size, 3), 255, dtype=np.uint8)
-        fill(picture, rectangle(0, 0.523, 1, 0.527), (0, 0, 0))
-        return picture
     y = (np.arange(size)[:, None, None] + 0.5) / size
     grain = noise_texture(np.random.default_rng(1), size, (4, 16, 64), 0.5)[..., None] - 0.5
-    wall = [222, 232, 240] - [26, 20, 12] * y + 6 * grain
-    floor = [188, 150, 108] - 40 * (y - 0.86) / 0.14 + 40 * grain
+    wall, floor = [222, 232, 240] - [26, 20, 12] * y + 6 * grain, [188, 150, 108] - 40 * (y - 0.86) / 0.14 + 40 * grain
     picture = np.where(y < 0.86, wall, floor).clip(0, 255).astype(np.uint8)
-    fill(picture, rectangle(0, 0.86, 1, 0.875), (140, 110, 80))
     for x in (0.05, 0.95):  # the track on two stands
         fill(picture, rectangle(x - 0.012, 0.54, x + 0.012, 0.92), (120, 128, 138))
-        fill(picture, rectangle(x - 0.04, 0.915, x + 0.04, 0.94), (96, 104, 114))
-    fill(picture, rectangle(0.02, 0.535, 0.98, 0.56), (150, 158, 168), radius=0.005)
-    fill(picture, rectangle(0.02, 0.535, 0.98, 0.54), (96, 104, 114), radius=0.0025)
-    return picture
-
-
-def draw_cartpole(x, theta, size, textured=True):
-    """Frame (size, size, 3) uint8. Cart and pole are drawn larger than the track, or both would be tiny."""
-    picture = cartpole_backdrop(size, textured).copy()
-    center = 0.5 + 0.135 * x
-    if textured:
-        for wheel in (center - 0.05, center + 0.05):
-            fill(picture, [(wheel, 0.52)], (44, 48, 56), radius=0.021)
-            fill(picture, [(wheel, 0.52)], (170, 176, 184), radius=0.008)
-        fill(picture, rectangle(center - 0.072, 0.435, center + 0.072, 0.5), (52, 92, 158), radius=0.012)
-        fill(picture, rectangle(center - 0.072, 0.435, center + 0.072, 0.445), (104, 146, 206), radius=0.006)
-    else:
-        fill(picture, rectangle(center - 0.075, 0.44, center + 0.075, 0.52), (0, 0, 0))
-    along, across = np.array([np.sin(theta), -np.cos(theta)]), np.array([np.cos(theta), np.sin(theta)])
-    pole = [(center, 0.44) + length * along + width * across for length, width in rectangle(0, -0.014, 0.33, 0.014)]
-    fill(picture, pole, (196, 102, 40) if textured else (202, 152, 101), radius=0.006)
-    fill(picture, [(center, 0.44)], (236, 196, 88) if textured else (129, 132, 203), radius=0.017)
+    fill(picture, rectangle(0.02, 0.535, 0.98, 0.56), (110, 118, 128), radius=0.005)
     return picture
 
 
@@ -208,69 +181,36 @@ def on_track(x):
     return np.stack([(x - LEFT) / METRES, 1 - (0.45 * np.sin(3 * x) + 0.55 - BOTTOM) * STEEPEN / METRES], -1)
 
 
-def slope(x):
-    return STEEPEN * 1.35 * np.cos(3 * x)
-
-
 @functools.lru_cache
 def mountain_backdrop(size, textured):
     """Everything that does not move, (size, size, 3) uint8."""
     fine = 4 * size  # drawn at four times the size and averaged
     y, x = (np.arange(fine)[:, None] + 0.5) / fine, LEFT + (np.arange(fine) + 0.5) / fine * METRES
-    depth = (y - on_track(x)[:, 1]) / np.sqrt(1 + slope(x) ** 2)  # (fine, fine), roughly the distance below the ground
+    slope = STEEPEN * 1.35 * np.cos(3 * x)
+    depth = (y - on_track(x)[:, 1]) / np.sqrt(1 + slope**2)  # (fine, fine), roughly the distance below the ground
     blend = lambda below, share, above: below + share[..., None] * (above - below)
     shade = lambda color, light: np.array(color) * light[..., None]
-    if not textured:  # as Gymnasium: a black line on white
-        picture = shade((255, 255, 255), abs(depth) >= 0.004)
-    else:
+    if textured:
         rng = np.random.default_rng(4)
-        picture = blend(np.array([96, 158, 222]), y**0.8 + 0 * x, np.array([214, 232, 244]))
-        clouds = noise_texture(rng, fine, (3, 6, 12, 24), 0.8)
+        clouds, rock = (noise_texture(rng, fine, cells, 0.7) for cells in ((3, 6, 12, 24), (6, 12, 24, 48, 96, 192)))
+        picture = blend(np.array([96, 158, 222]), y**0.8 + 0 * x, np.array([214, 232, 244]))  # sky
         picture = blend(picture, np.clip((clouds - 0.5) / 0.2, 0, 0.85), 255)
-        ridge = noise_texture(rng, fine, (2, 4, 8, 16, 32), 1.0)[0]
-        for base, color in ((0.50, (168, 188, 212)), (0.40, (140, 164, 190))):  # far mountains in the haze
-            ridge = np.roll(ridge, fine // 3)
-            picture = blend(picture, 1 - y < base + 0.35 * (ridge - 0.5), color + 20 * (y[..., None] - 0.5))
-        rock = noise_texture(rng, fine, (6, 12, 24, 48, 96, 192), 0.55)
         light = (np.gradient(rock, axis=1) - 0.6 * np.gradient(rock, axis=0)) * fine  # the sun stands upper left
         height = BOTTOM + (1 - y) * METRES / STEEPEN + 0.5 * (rock - 0.5)  # metres, blurred by the rock
-        strata = 0.06 * np.sin(60 * (depth + 0.25 * rock))
-        stone = shade((128, 112, 98), 0.66 + 0.55 * rock + strata + light / 24) - 40 * depth[..., None].clip(0, 0.5)
-        turf = np.clip((0.05 + rock - height) / 0.1, 0, 1) * np.clip((0.015 + 0.06 * rock - depth) / 0.01, 0, 1)
-        stone = blend(stone, turf, shade((96, 140, 66), 0.7 + 0.6 * rock))
-        snow, path = np.clip((height - 0.8) / 0.05, 0, 1), 0.75 * np.clip((0.012 - depth) / 0.003, 0, 1)
-        stone = blend(stone, snow, shade((240, 245, 252), 0.82 + 0.22 * rock + light / 40))
-        stone = blend(stone, path, shade((104, 88, 72), 0.85 + 0.3 * rock))
-        picture = blend(picture, depth > 0, stone)
+        turf, snow = np.clip((0.05 + rock - height) / 0.1, 0, 1) * (depth < 0.03 * rock), (height - 0.8) / 0.05
+        ground = shade((128, 112, 98), 0.66 + 0.55 * rock + light / 24) - 40 * depth[..., None].clip(0, 0.5)
+        ground = blend(ground, turf, shade((96, 140, 66), 0.7 + 0.6 * rock))
+        ground = blend(ground, snow.clip(0, 1), shade((240, 245, 252), 0.82 + 0.22 * rock + light / 40))
+        picture = blend(picture, depth > 0, ground)
+    else:  # as Gymnasium: a black line on white
+        picture = shade((255, 255, 255), abs(depth) >= 0.004)
     picture = picture.clip(0, 255).reshape(size, 4, size, 4, 3).mean((1, 3)).astype(np.uint8)
-    foot, tall, wide, thick = on_track(MountainCar.GOAL), *((0.235, 0.12, 0.007) if textured else (0.125, 0.05, 0.003))
+    tall, wide, thick, pole, cloth = (0.235, 0.12, 0.007, (70, 60, 54), (252, 214, 20)) if textured else \
+        (0.125, 0.05, 0.003, (0, 0, 0), (204, 204, 0))  # fmt: skip
+    foot = on_track(MountainCar.GOAL)
     top = foot - [0, tall]
-    fill(picture, rectangle(foot[0] - thick, top[1], foot[0] + thick, foot[1]), (70, 60, 54) if textured else (0, 0, 0))
-    flag = [top, top + [0, 0.77 * wide], top + [wide, 0.385 * wide]]
-    fill(picture, flag, (252, 214, 20) if textured else (204, 204, 0), radius=0.004 if textured else 0)
-    return picture
-
-
-def draw_mountain_car(x, size, textured=True):
-    """Frame (size, size, 3) uint8 of a car at x, tilted with the slope."""
-    picture = mountain_backdrop(size, textured).copy()
-    tilt = np.arctan(slope(x))
-    axes = np.array([[np.cos(tilt), -np.sin(tilt)], [-np.sin(tilt), -np.cos(tilt)]])  # the car's forward and up
-    part = lambda points, color, radius=0.0: fill(picture, on_track(x) + points @ axes, color, radius)
-    if not textured:
-        part(rectangle(-0.033, 0.015, 0.033, 0.055), (0, 0, 0))
-        part([(-0.017, 0.018)], (128, 128, 128), radius=0.018)
-        part([(0.017, 0.018)], (128, 128, 128), radius=0.018)
-        return picture
-    red, glass = (206, 34, 40), (196, 226, 246)
-    part([(-0.052, 0.058), (0.03, 0.058), (0.008, 0.098), (-0.036, 0.098)], red, radius=0.006)  # cabin
-    part([(-0.078, 0.03), (0.082, 0.03), (0.084, 0.05), (0.04, 0.062), (-0.076, 0.062)], red, radius=0.008)  # body
-    part([(-0.042, 0.064), (-0.017, 0.064), (-0.017, 0.092), (-0.031, 0.092)], glass)
-    part([(-0.009, 0.064), (0.021, 0.064), (0.005, 0.092), (-0.009, 0.092)], glass)
-    part([(0.086, 0.05)], (255, 240, 170), radius=0.008)  # headlight
-    for wheel in ([(-0.046, 0.025)], [(0.05, 0.025)]):
-        part(wheel, (28, 28, 32), radius=0.026)
-        part(wheel, (190, 194, 200), radius=0.011)
+    fill(picture, rectangle(foot[0] - thick, top[1], foot[0] + thick, foot[1]), pole)
+    fill(picture, [top, top + [0, 0.77 * wide], top + [wide, 0.385 * wide]], cloth)
     return picture
 
 
@@ -309,15 +249,22 @@ class CartPole:
         """Ground truth (...) bool of states (..., 4), for reports and for --reward ground-truth."""
         return (abs(state[..., 2]) <= np.radians(12)) & (abs(state[..., 0]) <= 2.4)
 
-    def success(self, in_goal):
-        """Which episodes (E,) succeeded, of in_goal (E, T): in the goal at every step."""
+    def success(self, in_goal):  # which episodes (E,) succeeded, of in_goal (E, T)
         return in_goal.all(1)
 
     def true_reward(self, state, actions):
         return np.where(self.in_goal(state), 1.0, -1.0)
 
-    def draw(self, state, size, textured):
-        return draw_cartpole(state[0], state[2], size, textured)
+    def draw(self, state, size, textured=True):
+        """Frame (size, size, 3) uint8. Cart and pole are drawn larger than the track, or both would be tiny."""
+        picture, center, theta = cartpole_backdrop(size).copy(), 0.5 + 0.135 * state[0], state[2]
+        for wheel in (center - 0.05, center + 0.05):
+            fill(picture, [(wheel, 0.52)], (44, 48, 56), radius=0.021)
+        fill(picture, rectangle(center - 0.072, 0.435, center + 0.072, 0.5), (52, 92, 158), radius=0.012)
+        axes = np.array([[np.sin(theta), -np.cos(theta)], [np.cos(theta), np.sin(theta)]])  # along the pole and across
+        fill(picture, (center, 0.44) + rectangle(0, -0.014, 0.33, 0.014) @ axes, (196, 102, 40), radius=0.006)
+        fill(picture, [(center, 0.44)], (236, 196, 88), radius=0.017)
+        return picture
 
 
 class MountainCar:
@@ -354,8 +301,25 @@ class MountainCar:
     def true_reward(self, state, actions):
         return self.in_goal(state) - 0.1 * actions.clip(-1, 1) ** 2
 
-    def draw(self, state, size, textured):
-        return draw_mountain_car(state[0], size, textured)
+    def draw(self, state, size, textured=True):
+        """Frame (size, size, 3) uint8 of a car that is tilted with the slope."""
+        picture, x = mountain_backdrop(size, textured).copy(), state[0]
+        tilt = np.arctan(STEEPEN * 1.35 * np.cos(3 * x))
+        axes = np.array([[np.cos(tilt), -np.sin(tilt)], [-np.sin(tilt), -np.cos(tilt)]])  # the car's forward and up
+        part = lambda points, color, radius=0.0: fill(picture, on_track(x) + points @ axes, color, radius)
+        if textured:
+            red = (206, 34, 40)
+            part([(-0.052, 0.058), (0.03, 0.058), (0.008, 0.098), (-0.036, 0.098)], red, radius=0.006)  # cabin
+            body = [(-0.078, 0.03), (0.082, 0.03), (0.084, 0.05), (0.04, 0.062), (-0.076, 0.062)]
+            part(body, red, radius=0.008)
+            part([(-0.036, 0.064), (0.018, 0.064), (0.003, 0.092), (-0.028, 0.092)], (196, 226, 246))  # window
+            wheels, radius, tyre = ([(-0.046, 0.025)], [(0.05, 0.025)]), 0.026, (28, 28, 32)
+        else:
+            part(rectangle(-0.033, 0.015, 0.033, 0.055), (0, 0, 0))
+            wheels, radius, tyre = ([(-0.017, 0.018)], [(0.017, 0.018)]), 0.018, (128, 128, 128)
+        for wheel in wheels:
+            part(wheel, tyre, radius)
+        return picture
 
 
 SCENES = {"CartPole-v1": CartPole, "MountainCarContinuous-v0": MountainCar}
@@ -663,6 +627,7 @@ def parse_args(argv):
         number = type(value) in (int, float) and key not in ("seed", "image_size", "clip_alpha", "ent_coef", "vf_coef")
         check(not number or 0 < value < float("inf"), f"--{key.replace('_', '-')} must be positive")
     check(args.seed >= 0, "--seed can't be negative")
+    check(args.drawing == "textured" or "Mountain" in args.env_id, "--drawing original: CartPole has one drawing only")
     check(args.gamma < 1 and args.gae_lambda <= 1, "--gamma must be below 1, --gae-lambda at most 1")
     check(args.image_size == 0 or args.image_size >= 16, "--image-size must be at least 16, or 0 for the VLM's own")
     check(EPISODE_LENGTH % args.action_repeat == 0, f"--action-repeat must divide an episode's {EPISODE_LENGTH} steps")

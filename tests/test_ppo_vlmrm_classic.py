@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ppo_vlmrm_classic as ppo
-from ppo_vlmrm_classic import CartPole, MountainCar, draw_cartpole, draw_mountain_car
+from ppo_vlmrm_classic import CartPole, MountainCar
 
 SMALL = ["--reward", "ground-truth", "--num-envs", "2", "--eval-frequency", "800", "--select-episodes", "2", "--eval-episodes", "2",
          "--device", "cpu"]  # fmt: skip
@@ -141,8 +141,8 @@ def test_mountain_car_needs_a_swing():
 @pytest.mark.parametrize("textured", [True, False])
 @pytest.mark.parametrize("size", [64, 96, 224])
 def test_pictures_are_functions_of_the_state(textured, size):
-    for picture, states in ((lambda s: draw_cartpole(*s, size, textured), [(0, 0), (0.3, 0), (0, 0.1), (0, -0.1), (-3, 3.1)]),
-                            (lambda s: draw_mountain_car(s, size, textured), [-1.2, -0.5, -0.45, 0.4, 0.45, 0.6])):  # fmt: skip
+    for picture, states in ((lambda s: CartPole().draw((s[0], 0, s[1], 0), size), [(0, 0), (0.3, 0), (0, 0.1), (0, -0.1), (-3, 3.1)]),
+                            (lambda x: MountainCar().draw((x, 0), size, textured), [-1.2, -0.5, -0.45, 0.4, 0.45, 0.6])):  # fmt: skip
         frames = [picture(state) for state in states]
         assert all(frame.shape == (size, size, 3) and frame.dtype == np.uint8 for frame in frames)
         for i, state in enumerate(states):
@@ -155,7 +155,7 @@ def test_pictures_are_functions_of_the_state(textured, size):
 def test_the_car_is_where_the_state_says(textured):
     """The centre of what differs between two pictures moves along the track, by its shape in metres."""
     for x in np.linspace(-1.1, 0.55, 12):
-        car, elsewhere = draw_mountain_car(x, 192, textured), draw_mountain_car(0.5 if x < -0.3 else -1.1, 192, textured)
+        car, elsewhere = MountainCar().draw((x, 0), 192, textured), MountainCar().draw((0.5 if x < -0.3 else -1.1, 0), 192, textured)
         background = np.where((car == elsewhere).all(-1), 0, 1)
         background[:, : 70 if x >= -0.3 else 0] = 0  # leave out the other car
         background[:, 110 if x < -0.3 else 192 :] = 0
@@ -167,7 +167,7 @@ def test_the_car_is_where_the_state_says(textured):
 def test_the_car_tilts_with_the_slope():
     """A line through the car's red pixels rises to the right on the right slope, falls on the left one, is level in the valley."""
     for x, sign in ((-0.05, 1), (-0.95, -1), (-np.pi / 6, 0)):
-        r, g, b = draw_mountain_car(x, 240).astype(int).transpose(2, 0, 1)
+        r, g, b = MountainCar().draw((x, 0), 240).astype(int).transpose(2, 0, 1)
         rows, columns = np.nonzero((r > 170) & (g < 70) & (b < 70))
         covariance = np.cov(columns, -rows)
         angle = 0.5 * np.arctan2(2 * covariance[0, 1], covariance[0, 0] - covariance[1, 1])
@@ -176,7 +176,7 @@ def test_the_car_tilts_with_the_slope():
 
 def test_the_pole_leans_to_where_the_angle_says():
     for theta in np.radians([-170, -90, -30, -5, 5, 30, 90, 170]):
-        r, g, b = draw_cartpole(0, theta, 240).astype(int).transpose(2, 0, 1)
+        r, g, b = CartPole().draw((0, 0, theta, 0), 240).astype(int).transpose(2, 0, 1)
         rows, columns = np.nonzero((abs(r - 196) < 12) & (abs(g - 102) < 12) & (abs(b - 40) < 12))
         assert np.sign(columns.mean() + 0.5 - 120) == np.sign(theta)
         assert np.arctan2(columns.mean() + 0.5 - 120, 0.44 * 240 - rows.mean()) == pytest.approx(theta, abs=0.1)
@@ -184,10 +184,10 @@ def test_the_pole_leans_to_where_the_angle_says():
 
 def test_textured_mountain_is_a_picture():
     """Thousands of colours where Gymnasium's line drawing has a few dozen shades; the flag is yellow in both."""
-    colours = [len(np.unique(draw_mountain_car(-0.5, 240, textured).reshape(-1, 3), axis=0)) for textured in (True, False)]
+    colours = [len(np.unique(MountainCar().draw((-0.5, 0), 240, textured).reshape(-1, 3), axis=0)) for textured in (True, False)]
     assert colours[0] > 3000 and colours[1] < 300
     for textured in (True, False):
-        r, g, b = draw_mountain_car(-0.5, 240, textured).astype(int).transpose(2, 0, 1)
+        r, g, b = MountainCar().draw((-0.5, 0), 240, textured).astype(int).transpose(2, 0, 1)
         rows, columns = np.nonzero((r > 190) & (g > 180) & (b < 60))
         assert len(rows) > 20 and abs((columns.min() / 240 * 2.3 - 1.4) - MountainCar.GOAL) < 0.03
 
@@ -348,6 +348,7 @@ BAD = [
     (["--num-envs", "-1"], "num-envs"),
     (["--num-envs", "1", "--num-minibatches", "150"], "num-minibatches"),
     (["--action-repeat", "7"], "action-repeat"),
+    (["--drawing", "original"], "CartPole"),
     (["--seed", "-1"], "--seed"),
     (["--image-size", "-5"], "image-size"),
     (["--image-size", "8"], "image-size"),

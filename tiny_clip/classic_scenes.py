@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ppo_vlmrm_classic import CartPole, MountainCar, draw_cartpole, draw_mountain_car  # noqa: E402
+from ppo_vlmrm_classic import CartPole, MountainCar  # noqa: E402
 
 
 def glance(rng, value, little, a_lot):
@@ -88,12 +88,12 @@ def classic_examples(rng, n, size):
         if rng.random() < 0.5:
             x = rng.uniform(-CartPole.X_CLAMP, CartPole.X_CLAMP)
             theta = rng.normal(0, np.radians(20)) if rng.random() < 0.5 else rng.uniform(-np.pi, np.pi)
-            frames[i] = draw_cartpole(x, theta, size, textured=rng.random() < 0.75)
+            frames[i] = CartPole().draw((x, 0, theta, 0), size)
             said, plain = [cartpole_caption(rng, x, theta) for _ in range(8)], ["pole and cart", "pole and cart", "a cart with a pole on a track"]
         else:
             x = rng.uniform(MountainCar.LEFT_WALL, MountainCar.RIGHT_WALL)
             textured = rng.random() < 0.7
-            frames[i] = draw_mountain_car(x, size, textured)
+            frames[i] = MountainCar().draw((x, 0), size, textured)
             said = [mountain_car_caption(rng, x) for _ in range(8)]
             plain = ["a car in the mountain", "a car in the mountain", "a red car on a rocky mountain" if textured else "a line drawing of a car on a hill"]
         captions.append([*said, str(rng.choice(plain))])
