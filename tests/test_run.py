@@ -152,7 +152,7 @@ def test_a_second_signal_ends_at_once():
     time.sleep(1)
     assert process.poll() is None, "the first signal waits for the end of the round, here many minutes away"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
     assert_no_orphans(process.pid)
 
