@@ -107,7 +107,7 @@ class Args:
 # What each scene needs. MountainCar's engine is too weak to climb: the car must swing to and fro, some 36 steps each
 # way, before it ever sees the top, and noise that is new at every step only makes it tremble. So an action is held for
 # 20 steps and drawn wide; 1 in 3 such random episodes reaches the top (1 in 7 with 10 steps): examples to follow.
-SWING = Args("MountainCarContinuous-v0", action_repeat=20, num_envs=16, total_timesteps=200_000, ent_coef=0.01)
+SWING = Args("MountainCarContinuous-v0", action_repeat=20, num_envs=16, total_timesteps=400_000, ent_coef=0.01)
 DEFAULTS = {"CartPole-v1": Args(), "MountainCarContinuous-v0": SWING}
 
 

@@ -186,6 +186,14 @@ class Poser:
                 angles[self.index[f"{side}_{joint}"]] = value
         return angles
 
+    def other_arms(self, qpos):
+        """The same body with one arm or both held in another way, so that the arms are told apart in any lean."""
+        angles = self.set_arms(qpos[7:].copy())
+        if self.rng.random() < 0.5:
+            arm = [self.index[f"{self.rng.choice(['right', 'left'])}_{j}"] for j in ("shoulder1", "shoulder2", "elbow")]
+            angles[arm] = qpos[7:][arm]
+        return np.concatenate([qpos[:7], angles])
+
     def sample_pose(self):
         """A pose of the table, or a blend of two, with noise, standing on the floor (or above it); qpos (24,)."""
         rng = self.rng
@@ -386,11 +394,12 @@ def describe(poser, qpos):
     concepts = ["robot"]
     side_of = {"left": 1, "right": -1}
     hold = []
+    raised_above = poser.rng.uniform(0.15, 0.4)  # people differ in what they call a raised arm: the reward gets a slope
     for side in sides:
         x, y, z = sac_vlmrm.seen_from(data, "torso", f"{side}_hand")
         y *= side_of[side]  # positive: on its own side
         hip = np.linalg.norm(pelvis.T @ (geom(f"{side}_hand") - body("pelvis")) - [0, 0.2 * side_of[side], 0.08])
-        if z > 0.3:
+        if z > raised_above:
             hold.append("raised")
         elif z > 0.07 and abs(y) < 0.28:
             hold.append("head")
@@ -426,7 +435,7 @@ def make_chunk(job):
     seed, count, image_size, visited = job
     rng = np.random.default_rng(seed)
     poser = Poser(rng, image_size)
-    states = list(visited)
+    states = list(visited) + [poser.other_arms(qpos) for qpos in visited[::2] if qpos[2] > 1]
     while len(states) < count:
         states.extend(poser.sample_motion(int(rng.integers(12, 140))) if rng.random() < 0.06 else [poser.settle(poser.sample_pose(), rng.integers(9)) for _ in range(4)])
     frames, concepts, positions, labels = [], [], [], []
