@@ -187,11 +187,12 @@ class Poser:
         return angles
 
     def other_arms(self, qpos):
-        """The same body with one arm or both held in another way, so that the arms are told apart in any lean."""
+        """The same body with its arms held in another way, so that the arms are told apart in any lean; half the time
+        a shoulder's two angles and an elbow's stay as they were, each of either side."""
         angles = self.set_arms(qpos[7:].copy())
         if self.rng.random() < 0.5:
-            arm = [self.index[f"{self.rng.choice(['right', 'left'])}_{j}"] for j in ("shoulder1", "shoulder2", "elbow")]
-            angles[arm] = qpos[7:][arm]
+            kept = [self.index[f"{self.rng.choice(['right', 'left'])}_{j}"] for j in ("shoulder1", "shoulder2", "elbow")]
+            angles[kept] = qpos[7:][kept]
         return np.concatenate([qpos[:7], angles])
 
     def sample_pose(self):
