@@ -104,6 +104,7 @@ class Args:
     buffer_size: int = 200_000
     batch_size: int = 128
     gamma: float = 0.98  # sees 50 steps ahead; with the paper's 0.95, 20, the robot learns to balance more slowly
+    n_step: int = 3  # rewards summed up before the critic's estimate takes over; 1 is plain SAC, and balances far later
     tau: float = 0.005
     policy_lr: float = 6e-4
     q_lr: float = 6e-4
@@ -123,7 +124,7 @@ class Args:
 PAPER = Args(
     clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
     total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
-    batch_size=512, gamma=0.95, eval_frequency=128_000, alpha=1.0, final_target_entropy=-17.0,
+    batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000, alpha=1.0, final_target_entropy=-17.0,
     anneal_lr=False, standardize=False, layer_norm=False,
 )  # fmt: skip
 
@@ -584,10 +585,14 @@ def load_saved(path, keys, advice):
 
 class ReplayBuffer:
     """Ring buffer of transitions. Saving appends what is new since the last time as one chunk file, so that a million
-    transitions are neither a pause nor a second copy in memory; chunks that the ring has overwritten are deleted."""
+    transitions are neither a pause nor a second copy in memory; chunks that the ring has overwritten are deleted.
 
-    def __init__(self, size, obs_dim, action_dim, device):
-        self.size, self.total, self.saved = size, 0, 0  # total: transitions ever added
+    It holds whole rounds: one episode of every environment, all first steps, then all second steps, and so on.
+    """
+
+    def __init__(self, size, num_envs, obs_dim, action_dim, device):
+        size -= size % (num_envs * EPISODE_LENGTH)
+        self.size, self.num_envs, self.total, self.saved = size, num_envs, 0, 0  # total: transitions ever added
         shapes = {"obs": (obs_dim,), "actions": (action_dim,), "next_obs": (obs_dim,), "rewards": ()}
         self.data = {key: torch.zeros(size, *shape, device=device) for key, shape in shapes.items()}
 
@@ -600,9 +605,20 @@ class ReplayBuffer:
             self.data[key][rows] = torch.as_tensor(values, dtype=torch.float32, device=self.data[key].device)
         self.total += len(rows)
 
-    def sample(self, batch_size):
+    def sample(self, batch_size, n_step, gamma):
+        """Transitions, each with the rewards (B, n_step) from there on and the next_obs after them.
+
+        `discounts` (B, n_step) are those of the rewards, 0 beyond the end of the episode; `bootstrap` (B,) that of the
+        value of next_obs.
+        """
         rows = torch.randint(len(self), (batch_size,), device=self.data["rewards"].device)
-        return {key: values[rows] for key, values in self.data.items()}
+        left = EPISODE_LENGTH - rows[:, None] // self.num_envs % EPISODE_LENGTH  # (B, 1) steps until the episode ends
+        ahead = torch.arange(n_step, device=rows.device)
+        later = rows[:, None] + self.num_envs * torch.minimum(ahead, left - 1)  # (B, n_step)
+        batch = {"obs": self.data["obs"][rows], "actions": self.data["actions"][rows],
+                 "next_obs": self.data["next_obs"][later[:, -1]], "rewards": self.data["rewards"][later]}  # fmt: skip
+        discounts, bootstrap = gamma**ahead * (ahead < left), gamma ** left[:, 0].clamp(max=n_step)
+        return batch | {"discounts": discounts, "bootstrap": bootstrap}
 
     def save(self, folder, previous_total):
         """Append a chunk. `previous_total`: that of the older checkpoint, which must stay loadable."""
@@ -841,18 +857,19 @@ def run(args, run_dir, envs, score):
     actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
     a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    rb = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    rb = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
     modules = {"actor": actor, "average_actor": average_actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target,
                "qf2_target": qf2_target, "standardize": standardize, "standardize_reward": standardize_reward,
                "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
     state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
 
     # ALGO LOGIC: training
-    def update_critics(obs, actions, next_obs, rewards):
+    def update_critics(obs, actions, next_obs, rewards, discounts, bootstrap):
         with torch.no_grad():
             next_actions, next_log_prob = actor.get_action(next_obs)
             next_q = torch.min(qf1_target(next_obs, next_actions), qf2_target(next_obs, next_actions))
-            target = rewards + args.gamma * (next_q - log_alpha.exp() * next_log_prob)  # (B,); no episode terminates
+            next_value = next_q - log_alpha.exp() * next_log_prob  # also after the last step: no episode terminates
+            target = (discounts * rewards).sum(1) + bootstrap * next_value  # (B,)
         qf1_values, qf2_values = qf1(obs, actions), qf2(obs, actions)
         qf1_loss, qf2_loss = F.mse_loss(qf1_values, target), F.mse_loss(qf2_values, target)
         q_optimizer.zero_grad()
@@ -967,7 +984,7 @@ def run(args, run_dir, envs, score):
                     actor_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.policy_lr
                     q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
                 for update in range(args.gradient_steps):
-                    batch = rb.sample(args.batch_size)
+                    batch = rb.sample(args.batch_size, args.n_step, args.gamma)
                     batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
                     batch["rewards"] = standardize_reward(batch["rewards"])
                     metrics |= update_critics(**batch)

@@ -254,7 +254,7 @@ def study(tmp_path_factory, clip_folder):
     env = sac_vlmrm.VLMHumanoid(48)
     knees, legs = (qpos_of(env.model, next(iter(POSES[task][0].values()))) for task in ("kneeling", "standing"))
     env.close()
-    rb = sac_vlmrm.ReplayBuffer(100, 47, 17, "cpu")
+    rb = sac_vlmrm.ReplayBuffer(100, 1, 47, 17, "cpu")
     (folder / "my_run").mkdir()
     for qpos in (knees, legs):
         next_obs = np.tile(np.concatenate([qpos, np.zeros(23)]), (10, 1))

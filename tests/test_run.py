@@ -284,6 +284,24 @@ def test_rewards_land_at_the_right_transition(clip_folder):
     assert rewards.std() > 10 * 1e-5
 
 
+def test_rewards_of_several_steps_stay_in_their_episode():
+    """Targets of a batch against the sum that defines them, from episodes kept apart; the ring has gone round."""
+    T, num_envs, n_step, gamma = sac_vlmrm.EPISODE_LENGTH, 3, 5, 0.9
+    rewards, values = np.random.default_rng(0).normal(size=(2, 3, T, num_envs))  # three rounds; values after the step
+    rb = sac_vlmrm.ReplayBuffer(2 * T * num_envs + 100, num_envs, 3, 1, "cpu")  # keeps two rounds
+    for i in range(3):
+        place = np.stack(np.broadcast_arrays(i, *np.mgrid[:T, :num_envs]), -1).reshape(-1, 3)  # round, step, environment
+        rb.add(obs=place, actions=place[:, :1], next_obs=values[i].reshape(-1, 1).repeat(3, 1), rewards=rewards[i].reshape(-1))
+    torch.manual_seed(0)
+    batch = rb.sample(2000, n_step, gamma)
+    targets = (batch["discounts"] * batch["rewards"]).sum(1) + batch["bootstrap"] * batch["next_obs"][:, 0]
+    for (i, t, env), target in zip(batch["obs"].int().tolist(), targets.tolist()):
+        ahead = range(min(n_step, T - t))
+        wanted = sum(gamma**k * rewards[i, t + k, env] for k in ahead) + gamma ** len(ahead) * values[i, t + len(ahead) - 1, env]
+        assert target == pytest.approx(wanted, abs=1e-5)
+    assert set(batch["obs"][:, 0].int().tolist()) == {1, 2} and T - 1 in batch["obs"][:, 1]
+
+
 # bad input
 KNEEL = ["--prompt", "a humanoid robot kneeling"]
 BAD = [
