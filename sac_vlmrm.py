@@ -869,7 +869,8 @@ def run(args, run_dir, envs, score):
             next_actions, next_log_prob = actor.get_action(next_obs)
             next_q = torch.min(qf1_target(next_obs, next_actions), qf2_target(next_obs, next_actions))
             next_value = next_q - log_alpha.exp() * next_log_prob  # also after the last step: no episode terminates
-            target = (discounts * rewards).sum(1) + bootstrap * next_value  # (B,)
+            # (B,); the entropy of the steps between is left out, as is usual
+            target = (discounts * rewards).sum(1) + bootstrap * next_value
         qf1_values, qf2_values = qf1(obs, actions), qf2(obs, actions)
         qf1_loss, qf2_loss = F.mse_loss(qf1_values, target), F.mse_loss(qf2_values, target)
         q_optimizer.zero_grad()
