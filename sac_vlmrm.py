@@ -97,7 +97,7 @@ class Args:
     select_episodes: int = 8  # episodes of that short evaluation; a new best must win on three times as many more
 
     # SAC
-    total_timesteps: int = 100_000  # of all environments together
+    total_timesteps: int = 60_000  # of all environments together
     num_envs: int = 4  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     gradient_steps: int = 400  # updates per round (one episode of every environment)
@@ -116,7 +116,7 @@ class Args:
     """and at the end, falling over the second half: explore first, then make the mean action good on its own"""
     anneal_lr: bool = True  # learning rates fall to a tenth over the second half, so that the policy comes to rest
     standardize: bool = True  # scale observations and rewards to mean 0, deviation 1 over the random warm-up steps
-    layer_norm: bool = True  # LayerNorm in the critics
+    layer_norm: bool = True  # LayerNorm in actor and critics
 
 
 # The paper's set-up (its appendix C), chosen by the word `paper` as the first argument. Four GPUs with 8 environments
@@ -530,10 +530,11 @@ class SoftQNetwork(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian policy; the action is in [-1, 1] and is scaled to the joints' torques by `rollout`."""
 
-    def __init__(self, obs_dim, action_dim):
+    def __init__(self, obs_dim, action_dim, layer_norm):
         super().__init__()
+        norm = nn.LayerNorm if layer_norm else nn.Identity
         relu = nn.ReLU(inplace=True)
-        self.net = nn.Sequential(nn.Linear(obs_dim, 256), relu, nn.Linear(256, 256), relu)
+        self.net = nn.Sequential(nn.Linear(obs_dim, 256), norm(256), relu, nn.Linear(256, 256), norm(256), relu)
         self.fc_mean = nn.Linear(256, action_dim)
         self.fc_logstd = nn.Linear(256, action_dim)
 
@@ -842,13 +843,13 @@ def run(args, run_dir, envs, score):
     """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
     device = torch.device(args.device)
     obs_dim, action_dim = envs.single_observation_space["state"].shape[0], envs.single_action_space.shape[0]
-    actor = Actor(obs_dim, action_dim).to(device)
+    actor = Actor(obs_dim, action_dim, args.layer_norm).to(device)
     standardize, standardize_reward = Standardize(obs_dim).to(device), Standardize(1).to(device)
     if args.evaluate:
         return final_evaluation(args, run_dir, envs, score, actor, standardize)
 
     qf1, qf2 = (SoftQNetwork(obs_dim, action_dim, args.layer_norm).to(device) for _ in range(2))
-    # copies that follow slowly; the average of the actor, over some 1000 updates, is what is evaluated and kept
+    # copies that follow slowly; the average of the actor, over some 5000 updates, is what is evaluated and kept
     qf1_target, qf2_target, average_actor = (copy.deepcopy(net).requires_grad_(False) for net in (qf1, qf2, actor))
     q_parameters = [*qf1.parameters(), *qf2.parameters()]
     target_parameters = [*qf1_target.parameters(), *qf2_target.parameters()]
@@ -888,7 +889,7 @@ def run(args, run_dir, envs, score):
         actor_loss.backward(inputs=actor_parameters)  # not into the critics' weights: a third of the time
         actor_optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average_parameters, actor_parameters, 0.001)
+            torch._foreach_lerp_(average_parameters, actor_parameters, 0.0002)
         alpha_loss = (-log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
         a_optimizer.zero_grad()
         alpha_loss.backward()
