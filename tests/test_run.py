@@ -280,8 +280,9 @@ def test_rewards_land_at_the_right_transition(clip_folder):
     frames = np.stack([env.render_state(obs[:24]).copy() for obs in data["next_obs"].numpy()[::7]])
     env.close()
     rewards = clip_reward(clip_reward.embed_images(frames))
-    assert torch.allclose(rewards, data["rewards"][::7], atol=1e-5)
-    assert rewards.std() > 10 * 1e-5
+    # The buffer's states are rounded to float32: in some frames a pixel at an edge turns out one shade off, worth up to 2.4e-5.
+    assert torch.allclose(rewards, data["rewards"][::7], atol=1e-4)
+    assert rewards.std() > 50 * 1e-4
 
 
 def test_rewards_of_several_steps_stay_in_their_episode():
