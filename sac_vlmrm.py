@@ -117,6 +117,8 @@ class Args:
     anneal_lr: bool = True  # learning rates fall to a tenth over the second half, so that the policy comes to rest
     standardize: bool = True  # scale observations and rewards to mean 0, deviation 1 over the random warm-up steps
     layer_norm: bool = True  # LayerNorm in actor and critics
+    mirror: bool = True
+    """learn half of every batch with left and right exchanged; turn off for a prompt that tells left from right"""
 
 
 # The paper's set-up (its appendix C), chosen by the word `paper` as the first argument. Four GPUs with 8 environments
@@ -125,7 +127,7 @@ PAPER = Args(
     clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
     total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
     batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000, alpha=1.0, final_target_entropy=-17.0,
-    anneal_lr=False, standardize=False, layer_norm=False,
+    anneal_lr=False, standardize=False, layer_norm=False, mirror=False,
 )  # fmt: skip
 
 
@@ -234,6 +236,24 @@ class VLMHumanoid(HumanoidEnv):
         """Frame (H, W, 3) uint8 of the robot at rest in qpos (24,)."""
         self.set_state(np.asarray(qpos, dtype=np.float64), np.zeros(self.model.nv))
         return self.render()
+
+
+def mirror_image():
+    """Index and sign, of an observation (47,) and of an action (17,): `x[..., index] * sign` is the mirrored robot's.
+
+    The humanoid is symmetric but for the spring of one knee and the armature of one hip, both small; the camera looks
+    along the plane of symmetry, so it sees the mirrored robot in the mirrored frame (but for the grain of the floor).
+    """
+    model = HumanoidEnv().model
+    joints = [model.joint(i).name for i in range(1, model.njnt)]  # after the free one
+    motors = [model.actuator(i).name for i in range(model.nu)]  # named like their joints, in another order
+    twin = {n: n.replace("left", "right") if "left" in n else n.replace("right", "left") for n in joints}
+    # mirrored at y = 0, a rotation about (x, y, z) is one about (-x, y, -z)
+    turn = {n: round(model.joint(n).axis * [-1, 1, -1] @ model.joint(twin[n]).axis) for n in joints}
+    order, signs = [joints.index(twin[n]) for n in joints], [turn[n] for n in joints]
+    obs_index = [*range(7), *(7 + i for i in order), *range(24, 30), *(30 + i for i in order)]
+    obs_sign = [1, -1, 1, 1, -1, 1, -1, *signs, 1, -1, 1, -1, 1, -1, *signs]  # position, quaternion; both velocities
+    return (obs_index, obs_sign), ([motors.index(twin[n]) for n in motors], [turn[n] for n in motors])
 
 
 def make_env(*env_args):
@@ -859,6 +879,7 @@ def run(args, run_dir, envs, score):
     q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
     a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
     rb = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
+    of_obs, of_action = ([torch.tensor(part, device=device) for part in image] for image in mirror_image())
     modules = {"actor": actor, "average_actor": average_actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target,
                "qf2_target": qf2_target, "standardize": standardize, "standardize_reward": standardize_reward,
                "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
@@ -987,6 +1008,10 @@ def run(args, run_dir, envs, score):
                     q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
                 for update in range(args.gradient_steps):
                     batch = rb.sample(args.batch_size, args.n_step, args.gamma)
+                    if args.mirror:
+                        half = args.batch_size // 2
+                        for key, (index, sign) in {"obs": of_obs, "next_obs": of_obs, "actions": of_action}.items():
+                            batch[key][:half] = batch[key][:half, index] * sign
                     batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
                     batch["rewards"] = standardize_reward(batch["rewards"])
                     metrics |= update_critics(**batch)

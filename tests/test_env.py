@@ -1,12 +1,13 @@
 """The environment: what it looks like, that its look does not touch the physics, and when an episode ends."""
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
-from poses import KNEEL, STAND, qpos_of
+from poses import KNEEL, POSES, STAND, qpos_of
 
 import sac_vlmrm
-from sac_vlmrm import EPISODE_LENGTH, VLMHumanoid, make_env
+from sac_vlmrm import EPISODE_LENGTH, TASKS, VLMHumanoid, make_env, mirror_image
 
 SIZE = 48
 
@@ -180,4 +181,47 @@ def test_worker_processes_give_what_one_process_gives():
                 np.testing.assert_array_equal(run["next_obs"][t, i], obs["state"].astype(np.float32))
                 np.testing.assert_array_equal(run["frames"][t, i], obs["pixels"])
                 assert (run["env_rewards"][t, i], run["success"][t, i]) == (reward, info["success"])
+    env.close()
+
+
+def test_mirrored_robot_moves_as_the_mirror_image():
+    """Mirrored start and mirrored torques give the mirrored trajectory, once the model's two small asymmetries (see
+    mirror_image) are gone and its solver no longer depends on the order of the contacts."""
+    (obs_index, obs_sign), (action_index, action_sign) = mirror_image()
+    env = gym.make("Humanoid-v5").unwrapped
+    model = env.model
+    for field, part in ((model.jnt_stiffness, "knee"), (model.dof_armature, "hip_y")):
+        offset = 5 if field is model.dof_armature else 0  # the free joint has six of them
+        field[offset + model.joint(f"right_{part}").id] = field[offset + model.joint(f"left_{part}").id]
+    model.opt.solver, model.opt.tolerance = mujoco.mjtSolver.mjSOL_NEWTON, 0
+    mujoco.mj_setConst(model, env.data)
+
+    def play(start, actions):
+        env.reset(seed=0)
+        env.set_state(start[:24], start[24:])
+        env.data.qacc_warmstart[:] = 0
+        return np.array([(env.step(a), np.concatenate([env.data.qpos, env.data.qvel]))[1] for a in actions])
+
+    env.reset(seed=5)
+    start = np.concatenate([env.data.qpos, env.data.qvel])
+    torques = actions(5)[:30]  # until both feet have left and met the floor
+    there = play(start, torques)
+    mirrored = play(start[obs_index] * obs_sign, torques[:, action_index] * action_sign)
+    assert np.abs(there[:, obs_index] * obs_sign - mirrored).max() < 1e-3
+    assert np.abs(there - mirrored).max() > 0.1
+    env.close()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_mirror_image_is_seen_in_the_mirrored_frame_and_judged_alike(task):
+    (index, sign), _ = mirror_image()
+    env = VLMHumanoid(SIZE)
+    for pose, expected in [(p, True) for p in POSES[task][0].values()] + [(p, False) for p in POSES[task][1].values()]:
+        qpos = qpos_of(env.model, pose | {"yaw": 30})
+        frame = env.render_state(qpos).astype(int)
+        mirrored = env.render_state(qpos[index[:24]] * sign[:24]).astype(int)
+        robot = np.abs(frame - frame[:, ::-1]).max(2) > 60  # where left and right differ by more than the wood's grain
+        # the light comes from one side, so the shading is not the same
+        assert np.abs(mirrored - frame[:, ::-1])[robot].mean() < 0.5 * np.abs(mirrored - frame)[robot].mean()
+        assert TASKS[task](env.data) == expected
     env.close()
