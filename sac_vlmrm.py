@@ -100,6 +100,8 @@ class Args:
     total_timesteps: int = 60_000  # of all environments together
     num_envs: int = 4  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
+    exploring_share: float = 0.25
+    """share of the environments in which one joint after another is held at a random torque for a while"""
     gradient_steps: int = 400  # updates per round (one episode of every environment)
     buffer_size: int = 200_000
     batch_size: int = 128
@@ -125,9 +127,9 @@ class Args:
 # each became one process with 32.
 PAPER = Args(
     clip_model="ViT-bigG-14/laion2b_s39b_b160k", clip_precision="bf16", reward_batch_size=800,
-    total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, gradient_steps=100, buffer_size=1_000_000,
-    batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000, alpha=1.0, final_target_entropy=-17.0,
-    anneal_lr=False, standardize=False, layer_norm=False, mirror=False,
+    total_timesteps=10_000_000, num_envs=32, learning_starts=50_000, exploring_share=0.0, gradient_steps=100,
+    buffer_size=1_000_000, batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000, alpha=1.0,
+    final_target_entropy=-17.0, anneal_lr=False, standardize=False, layer_norm=False, mirror=False,
 )  # fmt: skip
 
 
@@ -790,12 +792,14 @@ def parse_args(argv):
     args.task = args.task or next((TASK_PROMPTS[prompt] for prompt in args.prompt if prompt in TASK_PROMPTS), "")
     check(not args.task or args.task in TASKS, f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
     check(0 <= args.clip_alpha <= 1, f"--clip-alpha {args.clip_alpha} is not between 0 and 1")
+    zero = ("seed", "image_size", "learning_starts", "exploring_share")
     for key, value in asdict(args).items():
         if type(value) in (int, float) and "entropy" not in key and key != "clip_alpha":
-            low, wanted = (0, "at least 0") if key in ("seed", "image_size", "learning_starts") else (1e-12, "positive")
+            low, wanted = (0, "at least 0") if key in zero else (1e-12, "positive")
             check(low <= value < float("inf"), f"--{key.replace('_', '-')} must be {wanted}")
     check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
+    check(args.exploring_share < 1, "--exploring-share must be below 1, to leave an environment to the policy alone")
     check(args.num_envs * EPISODE_LENGTH <= args.buffer_size, "--buffer-size is below one episode of every environment")
     enough = args.evaluate or args.learning_starts < args.total_timesteps
     check(enough, "--learning-starts is not below --total-timesteps")
@@ -883,6 +887,7 @@ def run(args, run_dir, envs, score):
     modules = {"actor": actor, "average_actor": average_actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target,
                "qf2_target": qf2_target, "standardize": standardize, "standardize_reward": standardize_reward,
                "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
+    explorers = int(args.exploring_share * args.num_envs)  # the first environments; what is logged is of the others
     state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
 
     # ALGO LOGIC: training
@@ -971,6 +976,10 @@ def run(args, run_dir, envs, score):
             # collect: a whole episode in every environment
             times = [time.perf_counter()]
             noise = torch.randn(args.num_envs, action_dim)
+            # noise that changes at every step never moves an arm from the end of its range, so some torques are held
+            # (as in Dabney et al., "Temporally-Extended epsilon-Greedy Exploration", ICLR 2021)
+            joint = torch.randint(action_dim, (explorers,))
+            torque = 2 * torch.rand(explorers) - 1
             if state["global_step"] < args.learning_starts:
 
                 def policy(obs):  # N(0, 1), correlated in time, squashed
@@ -979,7 +988,12 @@ def run(args, run_dir, envs, score):
             else:
 
                 def policy(obs):
-                    return act(lambda x: actor.get_action(x)[0], standardize, obs)
+                    actions = act(lambda x: actor.get_action(x)[0], standardize, obs)
+                    anew = torch.rand(len(joint)) < 1 / 15  # held for 0.2 s or so
+                    joint[anew] = torch.randint(action_dim, (int(anew.sum()),))
+                    torque[anew] = 2 * torch.rand(int(anew.sum())) - 1
+                    actions[range(len(joint)), joint.numpy()] = torque.numpy()
+                    return actions
 
             seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]
             steps = rollout(envs, policy, seeds)
@@ -1022,13 +1036,14 @@ def run(args, run_dir, envs, score):
             times.append(time.perf_counter())
 
             # log
-            success = success_rate(steps["success"].T)
-            state["history"].append((global_step, float(rewards.sum(0).mean()), success))
+            success = success_rate(steps["success"].T[explorers:])
+            vlm_return = rewards[:, explorers:].sum(0).mean()
+            state["history"].append((global_step, float(vlm_return), success))
             scalars = {f"losses/{key}": value.item() for key, value in metrics.items()}
             scalars |= {f"time/{stage}": t for stage, t in zip(("collect", "score", "learn"), np.diff(times))}
             scalars |= {"charts/SPS": rewards.size / (times[-1] - times[0])}
-            scalars |= {"charts/episodic_return": steps["env_rewards"].sum(0).mean()}
-            scalars |= {"charts/vlm_return": rewards.sum(0).mean()} if args.reward == "vlm" else {}
+            scalars |= {"charts/episodic_return": steps["env_rewards"][:, explorers:].sum(0).mean()}
+            scalars |= {"charts/vlm_return": vlm_return} if args.reward == "vlm" else {}
             scalars |= {"charts/success_rate": success} if args.task else {}
             progress.update(rewards.size)
             recent = np.mean([row[1:] for row in state["history"][-10:]], axis=0)

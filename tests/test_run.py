@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import sac_vlmrm
 
 ROOT = Path(sac_vlmrm.__file__).parent
-SMALL = ["--num-envs", "2", "--learning-starts", "200", "--gradient-steps", "4", "--batch-size", "16", "--select-episodes", "2",
-         "--eval-episodes", "2", "--image-size", "32", "--eval-frequency", "400", "--buffer-size", "600", "--device", "cpu"]  # fmt: skip
+SMALL = ["--num-envs", "2", "--exploring-share", "0.5", "--learning-starts", "200", "--gradient-steps", "4",
+         "--batch-size", "16", "--select-episodes", "2", "--eval-episodes", "2", "--image-size", "32",
+         "--eval-frequency", "400", "--buffer-size", "600", "--device", "cpu"]  # fmt: skip
 STANDING = [*SMALL, "--reward", "ground-truth", "--task", "standing"]
 
 
@@ -106,6 +107,15 @@ def test_what_a_run_leaves(whole):
     assert {"losses/qf1_loss", "losses/actor_loss", "losses/alpha", "charts/episodic_return"} <= set(logged)
     best = max(logged["eval/return"], key=lambda row: row[1])  # by return, never by success
     assert torch.load(run / "best.pt", weights_only=True)["global_step"] == best[0]
+
+
+def test_one_joint_at_a_time_is_held_in_the_exploring_environment_only(whole):
+    chunk = torch.load(whole[0] / "replay_000001200_000001600.pt", weights_only=True)
+    actions = chunk["actions"].reshape(-1, 2, 17)[100:]  # (T, environment, joint) of the last episode
+    held = actions[1:] == actions[:-1]
+    assert held[:, 0].sum(1).max() == 1 and held[:, 0].any(1).float().mean() > 0.7
+    assert len(set(held[:, 0].nonzero()[:, 1].tolist())) > 1
+    assert not held[:, 1].any()
 
 
 def test_evaluate_repeats_the_final_evaluation(whole):
@@ -326,6 +336,7 @@ BAD = [
     ([*KNEEL, "--buffer-size", "300"], "--buffer-size"),
     ([*KNEEL, "--buffer-size", "9000000000"], "memory"),
     ([*KNEEL, "--learning-starts", "100000"], "--learning-starts"),
+    ([*KNEEL, "--exploring-share", "1"], "--exploring-share"),
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
     ([*KNEEL, "--seed", "-1"], "--seed"),
     ([*KNEEL, "--reward-batch-size", "0"], "--reward-batch-size"),
