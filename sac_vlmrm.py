@@ -792,10 +792,10 @@ def parse_args(argv):
     args.task = args.task or next((TASK_PROMPTS[prompt] for prompt in args.prompt if prompt in TASK_PROMPTS), "")
     check(not args.task or args.task in TASKS, f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
     check(0 <= args.clip_alpha <= 1, f"--clip-alpha {args.clip_alpha} is not between 0 and 1")
-    zero = ("seed", "image_size", "learning_starts", "exploring_share")
+    may_be_zero = ("seed", "image_size", "learning_starts", "exploring_share")
     for key, value in asdict(args).items():
         if type(value) in (int, float) and "entropy" not in key and key != "clip_alpha":
-            low, wanted = (0, "at least 0") if key in zero else (1e-12, "positive")
+            low, wanted = (0, "at least 0") if key in may_be_zero else (1e-12, "positive")
             check(low <= value < float("inf"), f"--{key.replace('_', '-')} must be {wanted}")
     check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
     check(args.batch_size <= args.buffer_size, "--batch-size is larger than --buffer-size")
