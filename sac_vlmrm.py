@@ -101,12 +101,12 @@ class Args:
     num_envs: int = 4  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     exploring_share: float = 0.25
-    """share of the environments in which one joint after another is held at a random torque for a while"""
+    """share of the environments in which a random joint, or it and its twin, is held at a random torque for a while"""
     gradient_steps: int = 400  # updates per round (one episode of every environment)
     buffer_size: int = 200_000
     batch_size: int = 128
     gamma: float = 0.98  # sees 50 steps ahead; with the paper's 0.95, 20, the robot learns to balance more slowly
-    n_step: int = 3  # rewards summed up before the critic's estimate takes over; 1 is plain SAC, and balances far later
+    n_step: int = 5  # rewards summed up before the critic's estimate takes over; 1 is plain SAC, and balances far later
     tau: float = 0.005
     policy_lr: float = 6e-4
     q_lr: float = 6e-4
@@ -891,6 +891,19 @@ def run(args, run_dir, envs, score):
     state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
 
     # ALGO LOGIC: training
+    def hold():
+        """Torques (17,), NaN where the policy decides: of one joint or of it and its twin on the other side, random.
+
+        Noise that changes at every step never moves an arm from the end of its range, so some torques are held (as in
+        Dabney et al., "Temporally-Extended epsilon-Greedy Exploration", ICLR 2021).
+        """
+        joint, torque = torch.randint(action_dim, ()).item(), 2 * torch.rand(()).item() - 1
+        twin, sign = (part[joint].item() for part in of_action)
+        torques = np.full(action_dim, np.nan, dtype=np.float32)
+        torques[twin] = torque * sign if torch.rand(()) < 0.5 else np.nan
+        torques[joint] = torque
+        return torques
+
     def update_critics(obs, actions, next_obs, rewards, discounts, bootstrap):
         with torch.no_grad():
             next_actions, next_log_prob = actor.get_action(next_obs)
@@ -975,11 +988,7 @@ def run(args, run_dir, envs, score):
         while state["global_step"] < args.total_timesteps and not stopping:
             # collect: a whole episode in every environment
             times = [time.perf_counter()]
-            noise = torch.randn(args.num_envs, action_dim)
-            # noise that changes at every step never moves an arm from the end of its range, so some torques are held
-            # (as in Dabney et al., "Temporally-Extended epsilon-Greedy Exploration", ICLR 2021)
-            joint = torch.randint(action_dim, (explorers,))
-            torque = 2 * torch.rand(explorers) - 1
+            noise, held = torch.randn(args.num_envs, action_dim), [hold() for _ in range(explorers)]
             if state["global_step"] < args.learning_starts:
 
                 def policy(obs):  # N(0, 1), correlated in time, squashed
@@ -989,10 +998,9 @@ def run(args, run_dir, envs, score):
 
                 def policy(obs):
                     actions = act(lambda x: actor.get_action(x)[0], standardize, obs)
-                    anew = torch.rand(len(joint)) < 1 / 15  # held for 0.2 s or so
-                    joint[anew] = torch.randint(action_dim, (int(anew.sum()),))
-                    torque[anew] = 2 * torch.rand(int(anew.sum())) - 1
-                    actions[range(len(joint)), joint.numpy()] = torque.numpy()
+                    for row in range(explorers):
+                        held[row] = hold() if torch.rand(()) < 1 / 15 else held[row]  # for 0.2 s or so
+                        actions[row] = np.where(np.isnan(held[row]), actions[row], held[row])
                     return actions
 
             seeds = [args.seed * 10**9 + state["global_step"] + i for i in range(args.num_envs)]

@@ -109,11 +109,15 @@ def test_what_a_run_leaves(whole):
     assert torch.load(run / "best.pt", weights_only=True)["global_step"] == best[0]
 
 
-def test_one_joint_at_a_time_is_held_in_the_exploring_environment_only(whole):
+def test_a_joint_or_it_and_its_twin_is_held_in_the_exploring_environment_only(whole):
     chunk = torch.load(whole[0] / "replay_000001200_000001600.pt", weights_only=True)
     actions = chunk["actions"].reshape(-1, 2, 17)[100:]  # (T, environment, joint) of the last episode
     held = actions[1:] == actions[:-1]
-    assert held[:, 0].sum(1).max() == 1 and held[:, 0].any(1).float().mean() > 0.7
+    twin = torch.tensor(sac_vlmrm.mirror_image()[1][0])
+    count = held[:, 0].sum(1)
+    assert set(count.tolist()) == {0, 1, 2} and count.bool().float().mean() > 0.7
+    pairs = held[count == 2, 0]
+    assert torch.equal(pairs, pairs[:, twin])
     assert len(set(held[:, 0].nonzero()[:, 1].tolist())) > 1
     assert not held[:, 1].any()
 
