@@ -92,12 +92,12 @@ class Args:
     resume: str = ""  # run folder to go on with; takes its flags, only --total-timesteps may be raised
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # episodes of the final evaluation
-    eval_frequency: int = 4000
+    eval_frequency: int = 8000
     """steps between checkpoints, each with a short evaluation of the mean action that decides the best policy"""
     select_episodes: int = 8  # episodes of that short evaluation; a new best must win on three times as many more
 
     # SAC
-    total_timesteps: int = 60_000  # of all environments together
+    total_timesteps: int = 80_000  # of all environments together
     num_envs: int = 4  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     exploring_share: float = 0.25
