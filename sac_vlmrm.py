@@ -535,15 +535,18 @@ class Standardize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def hidden_layers(in_dim, layer_norm):
+    norm = nn.LayerNorm if layer_norm else nn.Identity
+    relu = nn.ReLU(inplace=True)  # fewer allocations: a tenth of the update's time on a CPU
+    return [nn.Linear(in_dim, 256), norm(256), relu, nn.Linear(256, 256), norm(256), relu]
+
+
 class SoftQNetwork(nn.Module):
     """Critic: obs (B, O), action (B, A) -> value (B,)."""
 
     def __init__(self, obs_dim, action_dim, layer_norm):
         super().__init__()
-        norm = nn.LayerNorm if layer_norm else nn.Identity
-        relu = nn.ReLU(inplace=True)  # fewer allocations: a tenth of the update's time on a CPU
-        self.net = nn.Sequential(nn.Linear(obs_dim + action_dim, 256), norm(256), relu,
-                                 nn.Linear(256, 256), norm(256), relu, nn.Linear(256, 1))  # fmt: skip
+        self.net = nn.Sequential(*hidden_layers(obs_dim + action_dim, layer_norm), nn.Linear(256, 1))
 
     def forward(self, obs, action):
         return self.net(torch.cat([obs, action], -1)).squeeze(-1)
@@ -554,9 +557,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, action_dim, layer_norm):
         super().__init__()
-        norm = nn.LayerNorm if layer_norm else nn.Identity
-        relu = nn.ReLU(inplace=True)
-        self.net = nn.Sequential(nn.Linear(obs_dim, 256), norm(256), relu, nn.Linear(256, 256), norm(256), relu)
+        self.net = nn.Sequential(*hidden_layers(obs_dim, layer_norm))
         self.fc_mean = nn.Linear(256, action_dim)
         self.fc_logstd = nn.Linear(256, action_dim)
 
