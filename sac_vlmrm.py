@@ -676,6 +676,8 @@ def rollout(envs, policy, seeds):
     Returns arrays with leading axes (T, N): obs, actions, next_obs, env_rewards (Gymnasium's own), success (bool), and
     frames (T, N, H, W, 3) uint8, what the camera sees after the step.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the policy's idle threads would spin on the cores that the environments need
     states, _ = envs.reset(seed=seeds)
     obs = states["state"].astype(np.float32)
     steps = {"obs": [], "actions": [], "next_obs": [], "env_rewards": [], "success": []}
@@ -688,6 +690,7 @@ def rollout(envs, policy, seeds):
         for key, value in zip(steps, (obs, actions, next_obs, env_rewards, infos["success"])):
             steps[key].append(value)
         obs = next_obs
+    torch.set_num_threads(threads)
     return {key: np.stack(values) for key, values in steps.items()} | {"frames": frames}
 
 
