@@ -101,7 +101,7 @@ class Args:
     num_envs: int = 4  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     exploring_share: float = 0.25
-    """share of the environments in which a random joint, or it and its twin, is held at a random torque for a while"""
+    """share of the environments, rounded down, where a random joint, or it and its twin, is held at a random torque"""
     gradient_steps: int = 400  # updates per round (one episode of every environment)
     buffer_size: int = 200_000
     batch_size: int = 128

@@ -113,11 +113,13 @@ def test_a_joint_or_it_and_its_twin_is_held_in_the_exploring_environment_only(wh
     chunk = torch.load(whole[0] / "replay_000001200_000001600.pt", weights_only=True)
     actions = chunk["actions"].reshape(-1, 2, 17)[100:]  # (T, environment, joint) of the last episode
     held = actions[1:] == actions[:-1]
-    twin = torch.tensor(sac_vlmrm.mirror_image()[1][0])
+    twin, sign = map(torch.tensor, sac_vlmrm.mirror_image()[1])
     count = held[:, 0].sum(1)
     assert set(count.tolist()) == {0, 1, 2} and count.bool().float().mean() > 0.7
     pairs = held[count == 2, 0]
     assert torch.equal(pairs, pairs[:, twin])
+    torques = actions[1:, 0][count == 2]
+    assert torch.equal(torques[pairs], (torques[:, twin] * sign)[pairs])  # as in the mirror
     assert len(set(held[:, 0].nonzero()[:, 1].tolist())) > 1
     assert not held[:, 1].any()
 
