@@ -762,11 +762,11 @@ def final_evaluation(args, run_dir, envs, score, actor, standardize):
 def plot_curves(history, path):
     """Return and success of the training episodes against steps, one point per round."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    steps, *curves = zip(*history)
+    steps, *curves = np.transpose(history)
     titles = "return per episode", "success rate, sampled actions"
     for axis, title, curve in zip(figure.subplots(1, 2), titles, curves):
-        axis.plot(steps, curve, linewidth=0.8)
-        axis.set(xlabel="step", title=title)
+        axis.plot(steps / 1000, curve, linewidth=0.8)
+        axis.set(xlabel="thousand steps", title=title)
     figure.savefig(path, dpi=120)
 
 
