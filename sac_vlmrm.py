@@ -207,7 +207,7 @@ class VLMHumanoid(HumanoidEnv):
         spec.geom("floor").size[2] = 5  # spacing of the drawn grid: 0.125 means tens of thousands of lit quads
         spec.visual.quality.offsamples = 0  # 4x MSAA is wasted on a frame that CLIP blurs anyway
         spec.visual.quality.numslices, spec.visual.quality.numstacks = 12, 8  # 28 and 16 cost half of the frame rate
-        spec.visual.quality.shadowsize = 1024 if self.shadows else 0
+        spec.visual.quality.shadowsize = 512 if self.shadows else 0
         for light in spec.lights:
             light.castshadow = self.shadows
         model = spec.compile()

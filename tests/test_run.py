@@ -22,8 +22,8 @@ import sac_vlmrm
 
 ROOT = Path(sac_vlmrm.__file__).parent
 SMALL = ["--num-envs", "2", "--exploring-share", "0.5", "--learning-starts", "200", "--gradient-steps", "4",
-         "--batch-size", "16", "--select-episodes", "2", "--eval-episodes", "2", "--image-size", "32",
-         "--eval-frequency", "400", "--buffer-size", "600", "--device", "cpu"]  # fmt: skip
+         "--batch-size", "16", "--select-episodes", "1", "--eval-episodes", "1", "--image-size", "32",
+         "--eval-frequency", "400", "--buffer-size", "400", "--device", "cpu"]  # fmt: skip
 STANDING = [*SMALL, "--reward", "ground-truth", "--task", "standing"]
 
 
@@ -85,11 +85,11 @@ def assert_no_orphans(session):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One uninterrupted run of 1600 steps: the ring buffer of 600 goes round twice."""
+    """One uninterrupted run of 1200 steps: the ring buffer of 400 goes round three times."""
     folder = tmp_path_factory.mktemp("whole")
     before = os.getcwd()
     os.chdir(folder)
-    summary = sac_vlmrm.main([*STANDING, "--total-timesteps", "1600", "--run-name", "run"])
+    summary = sac_vlmrm.main([*STANDING, "--total-timesteps", "1200", "--run-name", "run"])
     os.chdir(before)
     return folder / "runs/run", summary
 
@@ -97,20 +97,20 @@ def whole(tmp_path_factory):
 def test_what_a_run_leaves(whole):
     run, summary = whole
     names = {path.name for path in run.iterdir()}
-    assert {"args.json", "best.pt", "curves.png", "eval.json", "eval.mp4", "eval.png", "video_000001600.mp4"} <= names
-    assert [path.name for path in sorted(run.glob("checkpoint_*.pt"))] == ["checkpoint_000001200.pt", "checkpoint_000001600.pt"]
+    assert {"args.json", "best.pt", "curves.png", "eval.json", "eval.mp4", "eval.png", "video_000001200.mp4"} <= names
+    assert [path.name for path in sorted(run.glob("checkpoint_*.pt"))] == ["checkpoint_000000800.pt", "checkpoint_000001200.pt"]
     assert json.loads((run / "eval.json").read_text()) == json.loads(json.dumps(summary))
     assert set(summary) >= {"mean action", "sampled action", "zero action", "random action"}
     logged = scalars(run)
-    assert [step for step, _ in logged["charts/success_rate"]] == list(range(200, 1601, 200))
-    assert [step for step, _ in logged["eval/return"]] == [400, 800, 1200, 1600]
+    assert [step for step, _ in logged["charts/success_rate"]] == list(range(200, 1201, 200))
+    assert [step for step, _ in logged["eval/return"]] == [400, 800, 1200]
     assert {"losses/qf1_loss", "losses/actor_loss", "losses/alpha", "charts/episodic_return"} <= set(logged)
     best = max(logged["eval/return"], key=lambda row: row[1])  # by return, never by success
     assert torch.load(run / "best.pt", weights_only=True)["global_step"] == best[0]
 
 
 def test_a_joint_or_it_and_its_twin_is_held_in_the_exploring_environment_only(whole):
-    chunk = torch.load(whole[0] / "replay_000001200_000001600.pt", weights_only=True)
+    chunk = torch.load(whole[0] / "replay_000000800_000001200.pt", weights_only=True)
     actions = chunk["actions"].reshape(-1, 2, 17)[100:]  # (T, environment, joint) of the last episode
     held = actions[1:] == actions[:-1]
     twin, sign = map(torch.tensor, sac_vlmrm.mirror_image()[1])
@@ -131,8 +131,8 @@ def test_evaluate_repeats_the_final_evaluation(whole):
 
 def test_a_killed_run_resumes_bit_for_bit(whole):
     """SIGKILL at three moments, each followed by --resume, against the uninterrupted run."""
-    flags = [*STANDING, "--total-timesteps", "1600", "--run-name", "run"]
-    for checkpoint, delay in ((400, 0.0), (800, 0.3), (1600, 0.0)):
+    flags = [*STANDING, "--total-timesteps", "1200", "--run-name", "run"]
+    for checkpoint, delay in ((400, 0.0), (800, 0.3), (1200, 0.0)):
         process = start(*flags)
         wait_for(process, f"checkpoint_{checkpoint:09d}.pt")
         time.sleep(delay)
@@ -146,14 +146,14 @@ def test_a_killed_run_resumes_bit_for_bit(whole):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint(signum, whole):
-    process = start(*STANDING, "--total-timesteps", "1600", "--run-name", "run")
+    process = start(*STANDING, "--total-timesteps", "1200", "--run-name", "run")
     wait_for(process, "checkpoint_000000400.pt")
     os.killpg(process.pid, signum) if signum == signal.SIGINT else process.send_signal(signum)  # Ctrl-C reaches all
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "go on with --resume runs/run" in output and "Traceback" not in output
     assert_no_orphans(process.pid)
     stopped = torch.load(sorted(Path("runs/run").glob("checkpoint_*.pt"))[-1], weights_only=True)["state"]["global_step"]
-    assert 400 <= stopped < 1600
+    assert 400 <= stopped < 1200
     if signum == signal.SIGTERM:
         sac_vlmrm.main(["--resume", "runs/run"])
         assert scalars("runs/run") == scalars(whole[0])
@@ -180,8 +180,8 @@ def test_resume_may_go_further_but_not_elsewhere(whole, tmp_path):
         sac_vlmrm.main(["--resume", "runs/run", "--gamma", "0.5"])
     with pytest.raises(SystemExit, match="raised"):
         sac_vlmrm.main(["--resume", "runs/run", "--total-timesteps", "800"])
-    sac_vlmrm.main(["--resume", "runs/run", "--total-timesteps", "1800"])
-    assert [step for step, _ in scalars(run)["charts/episodic_return"]] == list(range(200, 1801, 200))
+    sac_vlmrm.main(["--resume", "runs/run", "--total-timesteps", "1400"])
+    assert [step for step, _ in scalars(run)["charts/episodic_return"]] == list(range(200, 1401, 200))
 
 
 def test_the_shipped_policy_kneels(tmp_path):
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(whole, tmp_pat
     run = tmp_path / "runs/run"
     shutil.copytree(whole[0], run)
     before, last = sorted(run.glob("checkpoint_*.pt"))
-    chunk = run / "replay_000001200_000001600.pt"
+    chunk = run / "replay_000000800_000001200.pt"
     intact = last.read_bytes()
     for path, content in ((last, intact[: len(intact) // 2]), (last, pickle.dumps(Malice(tmp_path / "run_by_pickle"))), (chunk, b"")):
         path.write_bytes(content)
@@ -265,10 +265,10 @@ def test_disk_full(whole, tmp_path, small_files):
     """The run ends with a clear line, and goes on from the checkpoint before once there is room."""
     run = tmp_path / "runs/run"
     shutil.copytree(whole[0], run)
-    (run / "checkpoint_000001600.pt").unlink()
+    (run / "checkpoint_000001200.pt").unlink()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     small_files()
-    with pytest.raises(SystemExit, match="can't write runs/run/(best|checkpoint_000001600).pt.*make room, then --resume"):
+    with pytest.raises(SystemExit, match="can't write runs/run/(best|checkpoint_000001200).pt.*make room, then --resume"):
         sac_vlmrm.main(["--resume", "runs/run"])
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     sac_vlmrm.main(["--resume", "runs/run"])
