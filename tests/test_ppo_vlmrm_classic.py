@@ -242,11 +242,11 @@ def assert_same(one, other):
 @pytest.mark.parametrize("env_id", ppo.SCENES)
 def test_a_killed_run_resumes_bit_for_bit(env_id):
     """SIGKILL at three moments, each followed by --resume, against one uninterrupted run."""
-    flags = ["--env-id", env_id, *SMALL, "--total-timesteps", "4000"]
+    flags = ["--env-id", env_id, *SMALL, "--total-timesteps", "8000"]
     ppo.main([*flags, "--run-name", "whole"])
     script = [sys.executable, str(ROOT / "ppo_vlmrm_classic.py")]
     command = [*script, *flags, "--run-name", "killed"]
-    for wanted in (800, 1600, 2400):  # kill once the run has got beyond these steps
+    for wanted in (800, 2400, 5600):  # kill once the run has got beyond these steps
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not any(int(p.stem[-9:]) >= wanted for p in Path("runs/killed").glob("checkpoint_*.pt")):
             time.sleep(0.005)
