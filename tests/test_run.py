@@ -23,7 +23,7 @@ import sac_vlmrm
 ROOT = Path(sac_vlmrm.__file__).parent
 SMALL = ["--num-envs", "2", "--exploring-share", "0.5", "--learning-starts", "200", "--gradient-steps", "4",
          "--batch-size", "16", "--select-episodes", "1", "--eval-episodes", "1", "--image-size", "32",
-         "--eval-frequency", "400", "--buffer-size", "400", "--device", "cpu"]  # fmt: skip
+         "--eval-frequency", "400", "--buffer-size", "600", "--device", "cpu"]  # fmt: skip
 STANDING = [*SMALL, "--reward", "ground-truth", "--task", "standing"]
 
 
@@ -85,7 +85,7 @@ def assert_no_orphans(session):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One uninterrupted run of 1200 steps: the ring buffer of 400 goes round three times."""
+    """One uninterrupted run of 1200 steps: the ring buffer of 600 goes round twice."""
     folder = tmp_path_factory.mktemp("whole")
     before = os.getcwd()
     os.chdir(folder)
