@@ -629,19 +629,19 @@ class ReplayBuffer:
             self.data[key][rows] = torch.as_tensor(values, dtype=torch.float32, device=self.data[key].device)
         self.total += len(rows)
 
-    def sample(self, batch_size, n_step, gamma):
-        """Transitions, each with the rewards (B, n_step) from there on and the next_obs after them.
+    def sample(self, shape, n_step, gamma):
+        """`shape` many transitions, (...): each with the rewards (..., n_step) from there on, the next_obs after them.
 
-        `discounts` (B, n_step) are those of the rewards, 0 beyond the end of the episode; `bootstrap` (B,) that of the
-        value of next_obs.
+        `discounts` (..., n_step) are those of the rewards, 0 beyond the end of the episode; `bootstrap` (...) that of
+        the value of next_obs.
         """
-        rows = torch.randint(len(self), (batch_size,), device=self.data["rewards"].device)
-        left = EPISODE_LENGTH - rows[:, None] // self.num_envs % EPISODE_LENGTH  # (B, 1) steps until the episode ends
+        rows = torch.randint(len(self), shape, device=self.data["rewards"].device)
+        left = EPISODE_LENGTH - rows[..., None] // self.num_envs % EPISODE_LENGTH  # (..., 1) steps to the episode's end
         ahead = torch.arange(n_step, device=rows.device)
-        later = rows[:, None] + self.num_envs * torch.minimum(ahead, left - 1)  # (B, n_step)
+        later = rows[..., None] + self.num_envs * torch.minimum(ahead, left - 1)  # (..., n_step)
         batch = {"obs": self.data["obs"][rows], "actions": self.data["actions"][rows],
-                 "next_obs": self.data["next_obs"][later[:, -1]], "rewards": self.data["rewards"][later]}  # fmt: skip
-        discounts, bootstrap = gamma**ahead * (ahead < left), gamma ** left[:, 0].clamp(max=n_step)
+                 "next_obs": self.data["next_obs"][later[..., -1]], "rewards": self.data["rewards"][later]}  # fmt: skip
+        discounts, bootstrap = gamma**ahead * (ahead < left), gamma ** left[..., 0].clamp(max=n_step)
         return batch | {"discounts": discounts, "bootstrap": bootstrap}
 
     def save(self, folder, previous_total):
@@ -883,14 +883,14 @@ def run(args, run_dir, envs, score):
     target_parameters = [*qf1_target.parameters(), *qf2_target.parameters()]
     actor_parameters, average_parameters = [*actor.parameters()], [*average_actor.parameters()]
     log_alpha = torch.tensor([args.alpha], device=device).log().requires_grad_()
-    actor_optimizer = torch.optim.Adam(actor_parameters, lr=args.policy_lr, fused=True)
+    actor_groups = [{"params": actor_parameters}, {"params": [log_alpha], "lr": args.q_lr}]
+    actor_optimizer = torch.optim.Adam(actor_groups, lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(q_parameters, lr=args.q_lr, fused=True)
-    a_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
     rb = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
     of_obs, of_action = ([torch.tensor(part, device=device) for part in image] for image in mirror_image())
     modules = {"actor": actor, "average_actor": average_actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target,
                "qf2_target": qf2_target, "standardize": standardize, "standardize_reward": standardize_reward,
-               "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "a_optimizer": a_optimizer}  # fmt: skip
+               "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}  # fmt: skip
     explorers = int(args.exploring_share * args.num_envs)  # the first environments; what is logged is of the others
     state = {"global_step": 0, "previous_step": 0, "fitted": False, "best_return": -float("inf"), "history": []}
 
@@ -928,15 +928,13 @@ def run(args, run_dir, envs, score):
     def update_actor(obs, target_entropy):
         pi, log_prob = actor.get_action(obs)
         actor_loss = (log_alpha.detach().exp() * log_prob - torch.min(qf1(obs, pi), qf2(obs, pi))).mean()
+        alpha_loss = (-log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
         actor_optimizer.zero_grad()
-        actor_loss.backward(inputs=actor_parameters)  # not into the critics' weights: a third of the time
+        # not into the critics' weights: a third of the time
+        (actor_loss + alpha_loss).backward(inputs=[*actor_parameters, log_alpha])
         actor_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average_parameters, actor_parameters, 0.0002)
-        alpha_loss = (-log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
-        a_optimizer.zero_grad()
-        alpha_loss.backward()
-        a_optimizer.step()
         return {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "alpha": log_alpha.exp(),
                 "entropy": -log_prob.mean()}  # fmt: skip
 
@@ -1032,14 +1030,16 @@ def run(args, run_dir, envs, score):
                 if args.anneal_lr:
                     actor_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.policy_lr
                     q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
+                # all batches of the round at once: (gradient_steps, B, ...)
+                batches = rb.sample((args.gradient_steps, args.batch_size), args.n_step, args.gamma)
+                if args.mirror:
+                    half = np.s_[:, : args.batch_size // 2]
+                    for key, (index, sign) in {"obs": of_obs, "next_obs": of_obs, "actions": of_action}.items():
+                        batches[key][half] = batches[key][half][..., index] * sign
+                batches["obs"], batches["next_obs"] = standardize(batches["obs"]), standardize(batches["next_obs"])
+                batches["rewards"] = standardize_reward(batches["rewards"])
                 for update in range(args.gradient_steps):
-                    batch = rb.sample(args.batch_size, args.n_step, args.gamma)
-                    if args.mirror:
-                        half = args.batch_size // 2
-                        for key, (index, sign) in {"obs": of_obs, "next_obs": of_obs, "actions": of_action}.items():
-                            batch[key][:half] = batch[key][:half, index] * sign
-                    batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
-                    batch["rewards"] = standardize_reward(batch["rewards"])
+                    batch = {key: values[update] for key, values in batches.items()}
                     metrics |= update_critics(**batch)
                     if update % args.policy_frequency == 0:
                         metrics |= update_actor(batch["obs"], target_entropy)
