@@ -204,7 +204,7 @@ def test_requirements_and_script_headers_are_in_step():
     listed = {line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()} - {""}
     sac, ppo, epic = (header(script) for script in ("sac_vlmrm.py", "ppo_vlmrm_classic.py", "epic_vlmrm.py"))
     assert sac == epic and ppo == sac - {"gymnasium[mujoco]>=1.2,<2"}
-    assert {re.split("[^a-z_-]", name)[0] for name in listed ^ sac} == {"transformers", "sentencepiece", "pytest"}
+    assert {re.split("[^a-z_-]", name)[0] for name in listed ^ sac} == {"transformers", "sentencepiece", "pytest", "pytest-xdist"}
 
 
 # faults
