@@ -24,7 +24,7 @@ A round of the main loop (Algorithm 1 of the paper):
 
 import copy
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import signal
@@ -860,7 +860,9 @@ def main(argv=None):
     try:
         return run(args, run_dir, envs, score)
     except (EOFError, OSError) as error:
-        time.sleep(0.1)  # until the system knows how a process ended
+        # until the system knows how a process ended
+        multiprocessing.connection.wait([process.sentinel for process in envs.processes], timeout=5)
+        envs._state = gym.vector.async_vector_env.AsyncState.DEFAULT  # else close() asks the dead one for its answer
         codes = [process.exitcode for process in envs.processes if process.exitcode]
         cause = f"an environment process died (exit code {codes[0]})" if codes else f"{run_dir}: {error}"
         raise SystemExit(f"error: {cause}; what was saved before is whole: --resume {run_dir}")
