@@ -736,12 +736,12 @@ def final_evaluation(args, run_dir, envs, score, actor, standardize):
     actor.load_state_dict(best["actor"])
     standardize.load_state_dict(best["standardize"])
     shape = (envs.num_envs, envs.single_action_space.shape[0])
-    episodes, fewer = args.eval_episodes, -(-args.eval_episodes // 4)  # a quarter is enough to see that these fail
+    enough = -(-args.eval_episodes // 4)  # to see that doing nothing, or anything, fails
     policies = {
-        "mean action": (lambda obs: act(actor.mean_action, standardize, obs), episodes),
-        "sampled action": (lambda obs: act(lambda x: actor.get_action(x)[0], standardize, obs), episodes),
-        "zero action": (lambda obs: np.zeros(shape, dtype=np.float32), fewer),
-        "random action": (lambda obs: torch.rand(shape).numpy() * 2 - 1, fewer),
+        "mean action": (lambda obs: act(actor.mean_action, standardize, obs), args.eval_episodes),
+        "sampled action": (lambda obs: act(lambda x: actor.get_action(x)[0], standardize, obs), args.eval_episodes),
+        "zero action": (lambda obs: np.zeros(shape, dtype=np.float32), enough),
+        "random action": (lambda obs: torch.rand(shape).numpy() * 2 - 1, enough),
     }
     summary = {"prompt": args.prompt, "task": args.task, "step": best["global_step"]}
     print(f"policy of step {best['global_step']}")
