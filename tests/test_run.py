@@ -161,12 +161,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint(signum, whole):
 
 
 def test_a_second_signal_ends_at_once():
-    process = start(*STANDING, "--total-timesteps", "100000", "--gradient-steps", "100000", "--run-name", "run")
+    process = start(*STANDING, "--total-timesteps", "100000", "--gradient-steps", "50000", "--run-name", "run")
     wait_for(process, "events*")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
+    while "stopping after this round" not in process.stdout.readline():  # two signals at once would count as one
+        assert process.poll() is None
     time.sleep(1)
-    assert process.poll() is None, "the first signal waits for the end of the round, here many minutes away"
+    assert process.poll() is None, "the first signal waits for the end of the round, here minutes away"
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
