@@ -187,7 +187,8 @@ class VLMHumanoid(HumanoidEnv):
     """Gymnasium's Humanoid-v5 as the paper uses it: modified look, fixed camera, no early termination.
 
     Observation: qpos (24) and qvel (23), x and y included because the fixed camera makes the reward depend on them.
-    `info["success"]` says whether the robot is in the task's goal state; the learner never sees it.
+    `info["success"]` says whether the robot is in the task's goal state; the learner never sees it. With image_size 0
+    nothing is drawn, and a frame is one black pixel.
     """
 
     def __init__(self, image_size, textures="modified", camera="modified", shadows=False, task=""):
@@ -223,6 +224,8 @@ class VLMHumanoid(HumanoidEnv):
         return obs, float(reward), False, False, {"success": success}
 
     def render(self):
+        if not self.width:
+            return np.zeros((1, 1, 3), dtype=np.uint8)
         self.mujoco_renderer._get_viewer("rgb_array").make_context_current()  # another one in this process may hold it
         return super().render()
 
@@ -834,7 +837,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     # reward model: before the environments, so that a wrong name costs seconds
-    clip_reward, image_size = None, args.image_size or 224
+    clip_reward, image_size = None, 0  # without a reward model nobody looks at the frames
     if args.reward == "vlm":
         clip_reward = CLIPReward(args.clip_model, args.prompt, args.baseline_prompt, args.clip_alpha, args.device,
                                  args.clip_precision, args.reward_batch_size)  # fmt: skip

@@ -132,6 +132,16 @@ def test_episode_is_truncated_after_100_steps_and_never_terminated(fall):
     env.close()
 
 
+def test_an_environment_that_draws_nothing_moves_alike():
+    seeing, blind = make_env(32)(), make_env(0)()
+    for step in [lambda env: env.reset(seed=6), *(lambda env, action=action: env.step(action) for action in actions(6)[:20])]:
+        (obs, *rest), (blind_obs, *blind_rest) = step(seeing), step(blind)
+        np.testing.assert_array_equal(obs["state"], blind_obs["state"])
+        assert rest[:-1] == blind_rest[:-1] and obs["pixels"].any() and not blind_obs["pixels"].any()
+        assert obs in seeing.observation_space and blind_obs in blind.observation_space
+    seeing.close(), blind.close()
+
+
 def test_observation_is_qpos_and_qvel(humanoid):
     humanoid.reset(seed=0)
     obs, *_ = humanoid.step(actions(0)[0])
