@@ -92,13 +92,13 @@ class Args:
     resume: str = ""  # run folder to go on with; takes its flags, only --total-timesteps may be raised
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # episodes of the final evaluation
-    eval_frequency: int = 10_000
+    eval_frequency: int = 15_000
     """steps between checkpoints, each with a short evaluation of the mean action that decides the best policy"""
     select_episodes: int = 8  # episodes of that short evaluation; a new best must win on twice as many more
 
     # SAC
-    total_timesteps: int = 80_000  # of all environments together
-    num_envs: int = 4  # each in a process of its own
+    total_timesteps: int = 110_000  # of all environments together
+    num_envs: int = 8  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     exploring_share: float = 0.25
     """share of the environments, rounded down, where a random joint, or it and its twin, is held at a random torque"""
