@@ -92,12 +92,12 @@ class Args:
     resume: str = ""  # run folder to go on with; takes its flags, only --total-timesteps may be raised
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # episodes of the final evaluation
-    eval_frequency: int = 15_000
+    eval_frequency: int = 10_000
     """steps between checkpoints, each with a short evaluation of the mean action that decides the best policy"""
     select_episodes: int = 8  # episodes of that short evaluation; a new best must win on twice as many more
 
     # SAC
-    total_timesteps: int = 110_000  # of all environments together
+    total_timesteps: int = 80_000  # of all environments together
     num_envs: int = 8  # each in a process of its own
     learning_starts: int = 5000  # steps of random, time-correlated actions before the first gradient step
     exploring_share: float = 0.25
@@ -186,7 +186,9 @@ MODIFIED_CAMERA = {"type": mujoco.mjtCamera.mjCAMERA_FREE, "trackbodyid": -1, "d
 class VLMHumanoid(HumanoidEnv):
     """Gymnasium's Humanoid-v5 as the paper uses it: modified look, fixed camera, no early termination.
 
-    Observation: qpos (24) and qvel (23), x and y included because the fixed camera makes the reward depend on them.
+    Observation (255,): qpos (24) and qvel (23), x and y included because the fixed camera makes the reward depend on
+    them; then inertia (10) and velocity (6) of each of the 13 bodies about the robot's centre of mass, along the axes
+    of the world: without them it is slow to learn to balance.
     `info["success"]` says whether the robot is in the task's goal state; the learner never sees it. With image_size 0
     nothing is drawn, and a frame is one black pixel.
     """
@@ -196,8 +198,7 @@ class VLMHumanoid(HumanoidEnv):
         super().__init__(
             render_mode="rgb_array", width=image_size, height=image_size, terminate_when_unhealthy=False,
             default_camera_config=MODIFIED_CAMERA, camera_id=-1 if camera == "modified" else 0,  # 0: tracking
-            exclude_current_positions_from_observation=False, include_cinert_in_observation=False,
-            include_cvel_in_observation=False, include_qfrc_actuator_in_observation=False,
+            exclude_current_positions_from_observation=False, include_qfrc_actuator_in_observation=False,
             include_cfrc_ext_in_observation=False,
         )  # fmt: skip
 
@@ -244,7 +245,7 @@ class VLMHumanoid(HumanoidEnv):
 
 
 def mirror_image():
-    """Index and sign, of an observation (47,) and of an action (17,): `x[..., index] * sign` is the mirrored robot's.
+    """Index and sign, of an observation (255,) and of an action (17,): `x[..., index] * sign` is the mirrored robot's.
 
     The humanoid is symmetric but for the spring of one knee and the armature of one hip, both small; the camera looks
     along the plane of symmetry, so it sees the mirrored robot in the mirrored frame (but for the grain of the floor).
@@ -252,12 +253,18 @@ def mirror_image():
     model = HumanoidEnv().model
     joints = [model.joint(i).name for i in range(1, model.njnt)]  # after the free one
     motors = [model.actuator(i).name for i in range(model.nu)]  # named like their joints, in another order
-    twin = {n: n.replace("left", "right") if "left" in n else n.replace("right", "left") for n in joints}
+    bodies = [model.body(i).name for i in range(1, model.nbody)]  # after the world
+    twin = {n: n.replace("left", "right") if "left" in n else n.replace("right", "left") for n in joints + bodies}
     # mirrored at y = 0, a rotation about (x, y, z) is one about (-x, y, -z)
     turn = {n: round(model.joint(n).axis * [-1, 1, -1] @ model.joint(twin[n]).axis) for n in joints}
     order, signs = [joints.index(twin[n]) for n in joints], [turn[n] for n in joints]
     obs_index = [*range(7), *(7 + i for i in order), *range(24, 30), *(30 + i for i in order)]
     obs_sign = [1, -1, 1, 1, -1, 1, -1, *signs, 1, -1, 1, -1, 1, -1, *signs]  # position, quaternion; both velocities
+    # of each body: inertia (xx, yy, zz, xy, xz, yz), mass times position, mass; then rotational and linear velocity
+    for signs in ([1, 1, 1, -1, 1, -1, 1, -1, 1, 1], [-1, 1, -1, 1, -1, 1]):
+        start, size = len(obs_sign), len(signs)
+        obs_index += [start + size * bodies.index(twin[n]) + i for n in bodies for i in range(size)]
+        obs_sign += signs * len(bodies)
     return (obs_index, obs_sign), ([motors.index(twin[n]) for n in motors], [turn[n] for n in motors])
 
 
@@ -676,7 +683,7 @@ class ReplayBuffer:
 
 # EVALUATION
 def rollout(envs, policy, seeds):
-    """One whole episode in every environment, reset together. `policy`: obs (N, 47) fp32 -> actions (N, 17).
+    """One whole episode in every environment, reset together. `policy`: obs (N, 255) fp32 -> actions (N, 17).
 
     Returns arrays with leading axes (T, N): obs, actions, next_obs, env_rewards (Gymnasium's own), success (bool), and
     frames (T, N, H, W, 3) uint8, what the camera sees after the step.
@@ -829,7 +836,7 @@ def main(argv=None):
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
         parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
         check(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} is not writable, so there can be no {run_dir}")
-    needed, memory = args.buffer_size * 448, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+    needed, memory = args.buffer_size * 2112, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
     memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else memory
     check(needed < 0.9 * memory, f"--buffer-size {args.buffer_size} takes {needed / 1e9:.1f} GB of memory, there are "
           f"{memory / 1e9:.1f} GB")  # fmt: skip

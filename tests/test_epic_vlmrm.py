@@ -254,10 +254,10 @@ def study(tmp_path_factory, clip_folder):
     env = sac_vlmrm.VLMHumanoid(48)
     knees, legs = (qpos_of(env.model, next(iter(POSES[task][0].values()))) for task in ("kneeling", "standing"))
     env.close()
-    rb = sac_vlmrm.ReplayBuffer(100, 1, 47, 17, "cpu")
+    rb = sac_vlmrm.ReplayBuffer(100, 1, 255, 17, "cpu")
     (folder / "my_run").mkdir()
     for qpos in (knees, legs):
-        next_obs = np.tile(np.concatenate([qpos, np.zeros(23)]), (10, 1))
+        next_obs = np.tile(np.concatenate([qpos, np.zeros(231)]), (10, 1))
         rb.add(obs=0 * next_obs, actions=np.zeros((10, 17)), next_obs=next_obs, rewards=np.zeros(10))
         rb.save(folder / "my_run", 0)
     argv = ["--generated", "60", "--run", str(folder / "my_run"), "--visited", "8", "--out", str(folder / "out")]

@@ -343,7 +343,7 @@ BAD = [
     ([*KNEEL, "--batch-size", "300000"], "--batch-size"),
     ([*KNEEL, "--buffer-size", "300"], "--buffer-size"),
     ([*KNEEL, "--buffer-size", "9000000000"], "memory"),
-    ([*KNEEL, "--learning-starts", "200000"], "--learning-starts"),
+    ([*KNEEL, "--learning-starts", "100000"], "--learning-starts"),
     ([*KNEEL, "--exploring-share", "1"], "--exploring-share"),
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
     ([*KNEEL, "--seed", "-1"], "--seed"),
