@@ -641,19 +641,18 @@ class ReplayBuffer:
             self.data[key][rows] = torch.as_tensor(values, dtype=torch.float32, device=self.data[key].device)
         self.total += len(rows)
 
-    def sample(self, shape, n_step, gamma):
-        """`shape` many transitions, (...): each with the rewards (..., n_step) from there on, the next_obs after them.
+    def batch(self, rows, n_step, gamma):
+        """The transitions of these rows (B,): each with the rewards (B, n_step) from there on, the next_obs after them.
 
-        `discounts` (..., n_step) are those of the rewards, 0 beyond the end of the episode; `bootstrap` (...) that of
-        the value of next_obs.
+        `discounts` (B, n_step) are those of the rewards, 0 beyond the end of the episode; `bootstrap` (B,) that of the
+        value of next_obs.
         """
-        rows = torch.randint(len(self), shape, device=self.data["rewards"].device)
-        left = EPISODE_LENGTH - rows[..., None] // self.num_envs % EPISODE_LENGTH  # (..., 1) steps to the episode's end
+        left = EPISODE_LENGTH - rows[:, None] // self.num_envs % EPISODE_LENGTH  # (B, 1) steps to the episode's end
         ahead = torch.arange(n_step, device=rows.device)
-        later = rows[..., None] + self.num_envs * torch.minimum(ahead, left - 1)  # (..., n_step)
+        later = rows[:, None] + self.num_envs * torch.minimum(ahead, left - 1)  # (B, n_step)
         batch = {"obs": self.data["obs"][rows], "actions": self.data["actions"][rows],
-                 "next_obs": self.data["next_obs"][later[..., -1]], "rewards": self.data["rewards"][later]}  # fmt: skip
-        discounts, bootstrap = gamma**ahead * (ahead < left), gamma ** left[..., 0].clamp(max=n_step)
+                 "next_obs": self.data["next_obs"][later[:, -1]], "rewards": self.data["rewards"][later]}  # fmt: skip
+        discounts, bootstrap = gamma**ahead * (ahead < left), gamma ** left[:, 0].clamp(max=n_step)
         return batch | {"discounts": discounts, "bootstrap": bootstrap}
 
     def save(self, folder, previous_total):
@@ -1042,16 +1041,15 @@ def run(args, run_dir, envs, score):
                 if args.anneal_lr:
                     actor_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.policy_lr
                     q_optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.q_lr
-                # all batches of the round at once: (gradient_steps, B, ...)
-                batches = rb.sample((args.gradient_steps, args.batch_size), args.n_step, args.gamma)
-                if args.mirror:
-                    half = np.s_[:, : args.batch_size // 2]
-                    for key, (index, sign) in {"obs": of_obs, "next_obs": of_obs, "actions": of_action}.items():
-                        batches[key][half] = batches[key][half][..., index] * sign
-                batches["obs"], batches["next_obs"] = standardize(batches["obs"]), standardize(batches["next_obs"])
-                batches["rewards"] = (batches.pop("discounts") * standardize_reward(batches["rewards"])).sum(-1)
+                rows = torch.randint(len(rb), (args.gradient_steps, args.batch_size), device=device)
                 for update in range(args.gradient_steps):
-                    batch = {key: values[update] for key, values in batches.items()}
+                    batch = rb.batch(rows[update], args.n_step, args.gamma)
+                    if args.mirror:
+                        half = args.batch_size // 2
+                        for key, (index, sign) in {"obs": of_obs, "next_obs": of_obs, "actions": of_action}.items():
+                            batch[key][:half] = batch[key][:half, index] * sign
+                    batch["obs"], batch["next_obs"] = standardize(batch["obs"]), standardize(batch["next_obs"])
+                    batch["rewards"] = (batch.pop("discounts") * standardize_reward(batch["rewards"])).sum(-1)
                     metrics |= update_critics(**batch)
                     if update % args.policy_frequency == 0:
                         metrics |= update_actor(batch["obs"], target_entropy)

@@ -312,7 +312,7 @@ def test_rewards_of_several_steps_stay_in_their_episode():
         place = np.stack(np.broadcast_arrays(i, *np.mgrid[:T, :num_envs]), -1).reshape(-1, 3)  # round, step, environment
         rb.add(obs=place, actions=place[:, :1], next_obs=values[i].reshape(-1, 1).repeat(3, 1), rewards=rewards[i].reshape(-1))
     torch.manual_seed(0)
-    batch = rb.sample((2000,), n_step, gamma)
+    batch = rb.batch(torch.randint(len(rb), (2000,)), n_step, gamma)
     targets = (batch["discounts"] * batch["rewards"]).sum(1) + batch["bootstrap"] * batch["next_obs"][:, 0]
     for (i, t, env), target in zip(batch["obs"].int().tolist(), targets.tolist()):
         ahead = range(min(n_step, T - t))
