@@ -256,9 +256,9 @@ def test_malice_works_when_loaded_the_unsafe_way(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 300 kB: what a full disk does to a checkpoint."""
+    """No file may grow beyond 1 MB: what a full disk does to a checkpoint."""
     limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limit[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     signal.signal(signal.SIGXFSZ, handler)
 
