@@ -261,10 +261,10 @@ def mirror_image():
     obs_index = [*range(7), *(7 + i for i in order), *range(24, 30), *(30 + i for i in order)]
     obs_sign = [1, -1, 1, 1, -1, 1, -1, *signs, 1, -1, 1, -1, 1, -1, *signs]  # position, quaternion; both velocities
     # of each body: inertia (xx, yy, zz, xy, xz, yz), mass times position, mass; then rotational and linear velocity
-    for signs in ([1, 1, 1, -1, 1, -1, 1, -1, 1, 1], [-1, 1, -1, 1, -1, 1]):
-        start, size = len(obs_sign), len(signs)
+    for of_body in ([1, 1, 1, -1, 1, -1, 1, -1, 1, 1], [-1, 1, -1, 1, -1, 1]):
+        start, size = len(obs_sign), len(of_body)
         obs_index += [start + size * bodies.index(twin[n]) + i for n in bodies for i in range(size)]
-        obs_sign += signs * len(bodies)
+        obs_sign += of_body * len(bodies)
     return (obs_index, obs_sign), ([motors.index(twin[n]) for n in motors], [turn[n] for n in motors])
 
 
@@ -835,7 +835,8 @@ def main(argv=None):
         check(not run_dir.exists(), f"{run_dir} exists; choose another --run-name, or --resume {run_dir}")
         parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
         check(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} is not writable, so there can be no {run_dir}")
-    needed, memory = args.buffer_size * 2112, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+    needed = args.buffer_size * 4 * (255 + 17 + 255 + 1)  # bytes: obs, action, next_obs, reward
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = torch.cuda.mem_get_info()[0] if args.device == "cuda" else memory
     check(needed < 0.9 * memory, f"--buffer-size {args.buffer_size} takes {needed / 1e9:.1f} GB of memory, there are "
           f"{memory / 1e9:.1f} GB")  # fmt: skip
