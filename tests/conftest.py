@@ -1,26 +1,25 @@
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
-os.environ["OMP_NUM_THREADS"] = "1"  # bit-exact comparisons need the same number of threads in every process
+# bit-exact comparisons need the same number of threads in every process
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import models  # noqa: E402
+import models
 
-import sac_vlmrm  # noqa: E402
-
-sac_vlmrm.pick_gl_backend()
+import sac_vlmrm
 
 
 @pytest.fixture(scope="session")
-def humanoid():
-    """One environment for all the tests that only look at hand-made states."""
-    env = sac_vlmrm.VLMHumanoid(64)
-    yield env
-    env.close()
+def painter():
+    """One painter for all the tests that only look at hand-made states."""
+    with closing(sac_vlmrm.Painter((64, 64), "modified", "modified")) as painter:
+        yield painter
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +30,30 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture
 def error_of(tmp_path, monkeypatch):
-    """Run main(argv) in an empty folder; it must end with one line that says what is wrong, and leave nothing behind."""
+    """Run main(argv) in an empty folder; it must end with one line that says what is wrong, without
+    colours, and leave nothing behind."""
     monkeypatch.chdir(tmp_path)
 
     def error(*argv):
         with pytest.raises(SystemExit) as exit:
             sac_vlmrm.main([str(word) for word in argv])
-        assert isinstance(exit.value.code, str) and exit.value.code.startswith("error: ") and "\n" not in exit.value.code
+        line = exit.value.code
+        assert isinstance(line, str) and line.startswith("error: ")
+        assert "\n" not in line and "\x1b" not in line
         assert not (tmp_path / "runs").exists()
-        return exit.value.code
+        return line
 
     return error
+
+
+@pytest.fixture
+def printed(capsys):
+    """What a call prints; warnings that an earlier test has drawn count anew."""
+
+    def output(function, *args):
+        sac_vlmrm.warn.cache_clear()
+        capsys.readouterr()
+        function(*args)
+        return capsys.readouterr().out
+
+    return output

@@ -1,8 +1,10 @@
-"""Hand-made poses of the humanoid: joint angles in degrees, and a helper that puts them on the floor.
+"""Hand-made poses of the humanoid: joint angles in degrees, and a helper that puts them on the
+floor.
 
-Left and right share a name without a side: "knee" sets both knees. Zero is the model's own rest pose: straight legs,
-upper arms forward, elbows bent. hip_y < 0 lifts the thigh forward, hip_x < 0 spreads the legs, hip_z < 0 turns the leg
-outwards, knee < 0 bends it; "pitch" leans the whole robot forward, "roll" tilts it to its right; "height" lifts it (m).
+Left and right share a name without a side: "knee" sets both knees. Zero is the model's own rest
+pose: straight legs, upper arms forward, elbows bent. hip_y < 0 lifts the thigh forward, hip_x < 0
+spreads the legs, hip_z < 0 turns the leg outwards, knee < 0 bends it; "pitch" leans the whole robot
+forward, "roll" tilts it to its right; "height" lifts it (m).
 """
 
 import mujoco
@@ -16,7 +18,8 @@ CROSSED = {"shoulder1": -57, "shoulder2": -2, "elbow": -24}
 TOUCHING = {"shoulder1": -50, "shoulder2": 5, "elbow": -24}
 FORWARD = {"shoulder1": -30, "shoulder2": 0, "elbow": -90}
 STAND = {"knee": -2, **DOWN}
-KNEEL = {"knee": -95, **DOWN}  # the feet are thicker than the shins, so at 90 the knees would hang 3 cm above the floor
+# the feet are thicker than the shins, so at 90 the knees would hang 3 cm above the floor
+KNEEL = {"knee": -95, **DOWN}
 LOTUS = {"hip_x": 5, "hip_z": -60, "hip_y": -80, "knee": -160, "abdomen_y": -60, "pitch": 0, **DOWN}
 SPLITS = {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, **DOWN}
 BELLY = {"hip_x": -25, "hip_z": 17, "hip_y": 20, "knee": -155, "abdomen_y": 30, "pitch": 35, **DOWN}
@@ -25,7 +28,7 @@ ROOT = ("yaw", "pitch", "roll", "height")
 
 
 def qpos_of(model, pose):
-    """qpos (24,) of a pose, with the lowest geom just touching the floor, then lifted by pose["height"]."""
+    """qpos (24,) of a pose, its lowest geom just touching the floor, then lifted by "height"."""
     angles = {}
     for name, degrees in pose.items():
         if name in ROOT:
@@ -33,17 +36,23 @@ def qpos_of(model, pose):
         if mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_JOINT, name) >= 0:
             angles[name] = degrees
         else:  # the model's shoulders turn in opposite senses
-            angles |= {f"left_{name}": degrees, f"right_{name}": -degrees if "shoulder" in name else degrees}
+            right = -degrees if "shoulder" in name else degrees
+            angles |= {f"left_{name}": degrees, f"right_{name}": right}
     data = mujoco.MjData(model)
     data.qpos[:3] = 0, 0, 3
     mujoco.mju_euler2Quat(data.qpos[3:7], np.radians([pose.get(k, 0) for k in ROOT[:3]]), "zyx")
     for name, degrees in angles.items():
         low, high = np.degrees(model.joint(name).range)
-        assert low - 1e-6 <= degrees <= high + 1e-6, f"{name} = {degrees} is outside its limits {low:.0f} .. {high:.0f}"
+        inside = low - 1e-6 <= degrees <= high + 1e-6
+        assert inside, f"{name} = {degrees} is outside its limits {low:.0f} .. {high:.0f}"
         data.joint(name).qpos[0] = np.radians(degrees)
     mujoco.mj_kinematics(model, data)
     floor = model.geom("floor").id
-    gaps = [mujoco.mj_geomDistance(model, data, floor, geom, 10, None) for geom in range(model.ngeom) if geom != floor]
+    gaps = [
+        mujoco.mj_geomDistance(model, data, floor, geom, 10, None)
+        for geom in range(model.ngeom)
+        if geom != floor
+    ]
     data.qpos[2] += pose.get("height", 0) - min(gaps)
     return data.qpos.copy()
 
@@ -64,7 +73,14 @@ POSES = {
             "leaning far back": {**KNEEL, "pitch": -45, "knee": -140},
             "bent far forward": {**KNEEL, "pitch": 50, "hip_y": -50},
             "on all fours": {**KNEEL, "hip_y": -75, "pitch": 75, **FORWARD},
-            "hands on the floor": {"pitch": 34, "hip_y": -96, "knee": -157, "shoulder1": -40, "shoulder2": 0, "elbow": -90},
+            "hands on the floor": {
+                "pitch": 34,
+                "hip_y": -96,
+                "knee": -157,
+                "shoulder1": -40,
+                "shoulder2": 0,
+                "elbow": -90,
+            },
             "on the belly, chest up": BELLY,
             "crouching": {"hip_y": -100, "knee": -120, "pitch": 20, **DOWN},
             "standing": STAND,
@@ -91,10 +107,25 @@ POSES = {
     "arms-raised": (
         {"both hands up": {**STAND, **UP}, "legs apart": {**STAND, **UP, "hip_x": -15}},
         {
-            "left hand only": {**STAND, "left_shoulder1": 60, "left_shoulder2": -20, "left_elbow": -80},
-            "right hand only": {**STAND, "right_shoulder1": -60, "right_shoulder2": 20, "right_elbow": -80},
+            "left hand only": {
+                **STAND,
+                "left_shoulder1": 60,
+                "left_shoulder2": -20,
+                "left_elbow": -80,
+            },
+            "right hand only": {
+                **STAND,
+                "right_shoulder1": -60,
+                "right_shoulder2": 20,
+                "right_elbow": -80,
+            },
             "hands in front of the face": {**STAND, **CHEST},
-            "hands at the height of the shoulders": {**STAND, "shoulder1": 15, "shoulder2": 0, "elbow": -60},
+            "hands at the height of the shoulders": {
+                **STAND,
+                "shoulder1": 15,
+                "shoulder2": 0,
+                "elbow": -60,
+            },
             "on the knees": {**KNEEL, **UP},
             "arms hanging": STAND,
         },
@@ -102,10 +133,20 @@ POSES = {
     "hands-on-hips": (
         {"elbows out": {**STAND, **HIPS}},
         {
-            "left hand only": {**STAND, "left_shoulder1": -47, "left_shoulder2": 75, "left_elbow": -12},
+            "left hand only": {
+                **STAND,
+                "left_shoulder1": -47,
+                "left_shoulder2": 75,
+                "left_elbow": -12,
+            },
             "hands on the chest": {**STAND, **CHEST},
             "arms hanging": STAND,
-            "hands in front of the belly": {**STAND, "shoulder1": -60, "shoulder2": 30, "elbow": 10},
+            "hands in front of the belly": {
+                **STAND,
+                "shoulder1": -60,
+                "shoulder2": 30,
+                "elbow": 10,
+            },
             "on the knees": {**KNEEL, **HIPS},
         },
     ),
@@ -113,8 +154,20 @@ POSES = {
         {"forearms crossed": {**STAND, **CROSSED}},
         {
             "hands just touching": {**STAND, **TOUCHING},
-            "left hand past the middle only": {**STAND, **TOUCHING, "left_shoulder1": -59, "left_shoulder2": -1, "left_elbow": -40},
-            "right hand past the middle only": {**STAND, **TOUCHING, "right_shoulder1": 59, "right_shoulder2": 1, "right_elbow": -40},
+            "left hand past the middle only": {
+                **STAND,
+                **TOUCHING,
+                "left_shoulder1": -59,
+                "left_shoulder2": -1,
+                "left_elbow": -40,
+            },
+            "right hand past the middle only": {
+                **STAND,
+                **TOUCHING,
+                "right_shoulder1": 59,
+                "right_shoulder2": 1,
+                "right_elbow": -40,
+            },
             "above the shoulders": {**STAND, "shoulder1": 4, "shoulder2": -59, "elbow": -20},
             "below the waist": {**STAND, "shoulder1": -58, "shoulder2": -7, "elbow": -79},
             "arms hanging": STAND,
@@ -155,13 +208,24 @@ POSES = {
         },
     ),
     "lotus": (
-        {"feet together": LOTUS, "knees higher": {**LOTUS, "hip_y": -86, "abdomen_y": -50, "pitch": -8}},
+        {
+            "feet together": LOTUS,
+            "knees higher": {**LOTUS, "hip_y": -86, "abdomen_y": -50, "pitch": -8},
+        },
         {
             "legs stretched": {**LOTUS, "knee": -2},
             "feet in front of the knees": {**LOTUS, "hip_y": -92, "knee": -100},
             "knees drawn up": {**LOTUS, "hip_z": -35},
             "knees together": {**LOTUS, "hip_z": 0},
-            "squatting on its feet": {"hip_x": -15, "hip_z": -60, "hip_y": -79, "knee": -160, "abdomen_y": 28, "pitch": 19, **DOWN},
+            "squatting on its feet": {
+                "hip_x": -15,
+                "hip_z": -60,
+                "hip_y": -79,
+                "knee": -160,
+                "abdomen_y": 28,
+                "pitch": 19,
+                **DOWN,
+            },
             "in the air": {**LOTUS, "height": 0.06},
             "lying on its back": {**LOTUS, "pitch": -60},
             "on the belly, chest up": BELLY,

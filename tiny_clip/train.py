@@ -1,13 +1,15 @@
-"""Make the data for the tiny CLIP, train it, measure it: the model that lets the whole method run offline on a laptop.
+"""Make the data for the tiny CLIP, train it, measure it: the method runs offline on a laptop.
 
-    python tiny_clip/train.py                         # data, training, report: under 90 minutes on 2 cores
-    python tiny_clip/train.py --visit runs/A runs/B   # first add states that trained policies visited
+    python tiny_clip/train.py                         # data, training, report: 90 minutes, 2 cores
+    python tiny_clip/train.py --visit runs/A runs/B   # first add states that policies visited
 
-The model sees frames of the same simulator that the scripts reward, with captions made from the simulator's state. It is
-not a zero-shot model and says nothing about how well one would do; it stands in for one where none can be downloaded.
+The model sees frames of the same simulator that the scripts reward, with captions made from the
+simulator's state. It is not a zero-shot model and says nothing about how well one would do; it
+stands in for one where none can be downloaded.
 
-Captions describe the picture the way a person would. They come from the loose descriptions in `describe`, which share no
-code with the success criteria of sac_vlmrm.py; those are used here only to report EPIC distances at the end.
+Captions describe the picture the way a person would. They come from the loose descriptions in
+`describe`, which share no code with the success criteria of sac_vlmrm.py; those are used here only
+to report EPIC distances at the end.
 """
 
 import json
@@ -15,10 +17,11 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import torch  # before OpenGL: the other order segfaults
 
 import numpy as np
 import open_clip
@@ -30,45 +33,44 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import sac_vlmrm  # noqa: E402
+import sac_vlmrm
+
+import mujoco  # after sac_vlmrm.py, which says how it draws
 
 
 @dataclass
 class Args:
-    seed: int = 1
-    """of the weights and of the order of the frames"""
-    data_seed: int = 1
-    """of the frames"""
-    out: Path = HERE
-    """folder for open_clip_config.json, open_clip_model.safetensors, vocabulary.txt and report.json"""
-    frames: int = 60_000
-    """humanoid frames"""
-    classic_frames: int = 10_000
-    """frames of the two classic-control scenes"""
-    passes: float = 9.0
-    """times every frame is seen"""
+    seed: int = 1  # of the weights and of the order of the frames
+    data_seed: int = 1  # of the frames
+    out: Path = HERE  # folder for the model, its configuration, vocabulary.txt and report.json
+    frames: int = 60_000  # humanoid frames
+    classic_frames: int = 10_000  # frames of the two classic-control scenes
+    passes: float = 9.0  # times every frame is seen
     batch_size: int = 64
     lr: float = 1.5e-3
-    width: int = 16
-    """of the image tower (open_clip's ModifiedResNet with one block per stage)"""
+    width: int = 16  # of the image tower (open_clip's ModifiedResNet with one block per stage)
     image_size: int = 96
-    visit: tuple[Path, ...] = ()
-    """run folders from whose replay buffers states to learn from are added to visited_states.npz"""
-    visit_states: int = 2000
-    """states to take from each of them"""
-    unseen: tuple[Path, ...] = ()
-    """run folders whose states are only measured on, never trained on"""
-    report_only: bool = False
-    """measure the model in --out again, do not train"""
+    visit: tuple[Path, ...] = ()  # run folders whose states are added to visited_states.npz
+    visit_states: int = 2000  # states to take from each of them
+    unseen: tuple[Path, ...] = ()  # run folders whose states are only measured on
+    report_only: bool = False  # measure the model in --out again, do not train
 
 
 # DATA: states
-JOINTS = ["abdomen_z", "abdomen_y", "abdomen_x", "right_hip_x", "right_hip_z", "right_hip_y", "right_knee", "left_hip_x", "left_hip_z",
-          "left_hip_y", "left_knee", "right_shoulder1", "right_shoulder2", "right_elbow", "left_shoulder1", "left_shoulder2", "left_elbow"]  # fmt: skip
+JOINTS = [
+    *["abdomen_z", "abdomen_y", "abdomen_x"],
+    *["right_hip_x", "right_hip_z", "right_hip_y", "right_knee"],
+    *["left_hip_x", "left_hip_z", "left_hip_y", "left_knee"],
+    *["right_shoulder1", "right_shoulder2", "right_elbow"],
+    *["left_shoulder1", "left_shoulder2", "left_elbow"],
+]
+# the order of the model's motors
+ACTUATED = [JOINTS.index(name) for name in ["abdomen_y", "abdomen_z"] + JOINTS[2:]]
 LEG_JOINTS = ["hip_x", "hip_z", "hip_y", "knee"]
 
-# Legs as (hip_x, hip_z, hip_y, knee) in degrees, right then left where they differ; torso pitch (forward is positive) and
-# bend of the abdomen. Noise, blends of two poses, arms and physics come on top.
+# Legs as (hip_x, hip_z, hip_y, knee) in degrees, right then left where they differ; torso pitch
+# (forward is positive) and bend of the abdomen. Noise, blends of two poses, arms and physics come
+# on top.
 POSES = {
     "stand": dict(legs=(0, 0, 0, -3)),
     "stand wide": dict(legs=(-18, 0, -2, -5)),
@@ -114,11 +116,13 @@ POSES = {
     "kneel in the air": dict(legs=(-5, 0, 0, -95), air=0.25),
     "sit in the air": dict(legs=(-5, 0, -85, -90), air=0.2),
 }  # fmt: skip
-FREQUENT = {"stand": 10, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3, "splits": 4, "lotus": 4, "bent knees": 2,
-            "kneel back": 2, "kneel far back": 2, "sit on heels": 2, "one knee": 2, "knee lifted": 5, "stand wide": 2,
-            "step": 2}  # fmt: skip
+FREQUENT = {
+    **{"stand": 10, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3},
+    **{"splits": 4, "lotus": 4, "bent knees": 2, "kneel back": 2, "kneel far back": 2},
+    **{"sit on heels": 2, "one knee": 2, "knee lifted": 5, "stand wide": 2, "step": 2},
+}
 
-# Where the right hand is, in the torso's frame (x forward, y left, z up), for each way to hold the arms.
+# Where the right hand is in the torso's frame, for each way to hold the arms.
 ARMS = {
     "raised": lambda p: p[:, 2] > 0.3,
     "head": lambda p: (abs(p[:, 2] - 0.19) < 0.12) & (abs(p[:, 1]) < 0.25),
@@ -132,34 +136,49 @@ ARMS = {
 }
 
 
-class Poser:
-    """Makes states of the humanoid: poses with noise, blends of two, and what physics turns them into."""
+def seen_from(data, body, point):
+    """A point (3,) in a body's frame: x forward, y left, z up."""
+    return data.body(body).xmat.reshape(3, 3).T @ (point - data.body(body).xpos)
 
-    def __init__(self, rng, image_size):
+
+class Poser:
+    """Makes states of the humanoid: poses with noise, blends of two, what physics does to them."""
+
+    def __init__(self, rng):
         self.rng = rng
-        self.env = sac_vlmrm.VLMHumanoid(image_size)
-        self.model, self.data = self.env.model, self.env.data
+        self.model, self.data = sac_vlmrm.HUMANOID, mujoco.MjData(sac_vlmrm.HUMANOID)
         self.low, self.high = self.model.jnt_range[1:].T  # radians
         self.index = {name: i for i, name in enumerate(JOINTS)}
         arm = [self.index[f"right_{j}"] for j in ("shoulder1", "shoulder2", "elbow")]
-        self.arm_angles = rng.uniform(self.low[arm], self.high[arm], (6000, 3))  # random arms, and where each puts the hand
+        # random arms, and where each puts the hand
+        self.arm_angles = rng.uniform(self.low[arm], self.high[arm], (6000, 3))
         hands = []
         for angles in self.arm_angles:
             qpos = np.concatenate([[0, 0, 1.4, 1, 0, 0, 0], np.zeros(17)])
             qpos[[7 + i for i in arm]] = angles
             self.forward(qpos)
-            hands.append(sac_vlmrm.seen_from(self.data, "torso", "right_hand"))
+            hands.append(seen_from(self.data, "torso", self.data.geom("right_hand").xpos))
         hands = np.array(hands)
         self.arm_table = {kind: self.arm_angles[fits(hands)] for kind, fits in ARMS.items()}
 
     def forward(self, qpos):
-        self.data.qpos[:] = qpos
-        sac_vlmrm.mujoco.mj_kinematics(self.model, self.data)
+        self.data.qpos = qpos
+        mujoco.mj_kinematics(self.model, self.data)
+
+    def set_state(self, qpos, qvel):
+        self.data.qpos, self.data.qvel = qpos, qvel
+        mujoco.mj_forward(self.model, self.data)
+
+    def step(self, action):
+        """15 ms with shares (17,) of the largest torque, in the order of JOINTS."""
+        self.data.ctrl = np.clip(action, -1, 1)[ACTUATED] * 0.4
+        mujoco.mj_step(self.model, self.data, nstep=5)
 
     def lowest(self):
         """Height of the lowest point of any body part."""
-        z, r, half, axis = self.data.geom_xpos[1:, 2], self.model.geom_size[1:, 0], self.model.geom_size[1:, 1], self.data.geom_xmat[1:, 8]
-        half = np.where(self.model.geom_type[1:] == sac_vlmrm.mujoco.mjtGeom.mjGEOM_CAPSULE, half, 0)
+        z, axis = self.data.geom_xpos[1:, 2], self.data.geom_xmat[1:, 8]
+        r, half = self.model.geom_size[1:, :2].T
+        half = np.where(self.model.geom_type[1:] == mujoco.mjtGeom.mjGEOM_CAPSULE, half, 0)
         return (z - r - half * abs(axis)).min()
 
     def joints(self, pose):
@@ -175,50 +194,62 @@ class Poser:
 
     def set_arms(self, angles):
         rng = self.rng
-        kinds = ["raised", "raised", "raised", "head", "hips", "hips", "crossed", "crossed", "together", "side", "front", "down", "down",
-                 "any", "any", "zero", "zero", "zero"]  # fmt: skip
+        kinds = ["raised", "raised", "raised", "head", "hips", "hips", "crossed", "crossed"]
+        kinds += ["together", "side", "front", "down", "down", "any", "any", "zero", "zero", "zero"]
         kind = rng.choice(kinds)
         both = rng.random() < 0.8
         for side, sign in (("right", 1), ("left", -1)):
             use = kind if side == "right" or both else rng.choice(kinds)
-            arm = np.zeros(3) if use == "zero" else self.arm_table[use][rng.integers(len(self.arm_table[use]))]
+            arm = np.zeros(3)
+            if use != "zero":
+                arm = self.arm_table[use][rng.integers(len(self.arm_table[use]))]
             for joint, value in zip(("shoulder1", "shoulder2", "elbow"), arm * [sign, sign, 1]):
                 angles[self.index[f"{side}_{joint}"]] = value
         return angles
 
     def other_arms(self, qpos):
-        """The same body with its arms held in another way, so that the arms are told apart in any lean; half the time
-        a shoulder's two angles and an elbow's stay as they were, each of either side."""
-        angles = self.set_arms(qpos[7:].copy())
+        """The same body with its arms held in another way, so that the arms are told apart in any
+        lean; half the time a shoulder's two angles and an elbow's stay, each of either side."""
+        angles, arm = self.set_arms(qpos[7:].copy()), ("shoulder1", "shoulder2", "elbow")
         if self.rng.random() < 0.5:
-            kept = [self.index[f"{self.rng.choice(['right', 'left'])}_{j}"] for j in ("shoulder1", "shoulder2", "elbow")]
+            kept = [self.index[f"{self.rng.choice(['right', 'left'])}_{j}"] for j in arm]
             angles[kept] = qpos[7:][kept]
         return np.concatenate([qpos[:7], angles])
 
     def sample_pose(self):
-        """A pose of the table, or a blend of two, with noise, standing on the floor (or above it); qpos (24,)."""
+        """A pose of the table, or a blend of two, with noise, on the floor (or above it); (24,)."""
         rng = self.rng
         names = list(POSES)
         p = np.array([FREQUENT.get(name, 1) for name in names], dtype=float)
         pose, other = (POSES[names[i]] for i in rng.choice(len(names), 2, p=p / p.sum()))
         blend = rng.random() if rng.random() < 0.3 else 0.0
         angles = (1 - blend) * self.joints(pose) + blend * self.joints(other)
-        pitch, roll, air = ((1 - blend) * pose.get(k, 0) + blend * other.get(k, 0) for k in ("pitch", "roll", "air"))
+        pitch, roll, air = (
+            (1 - blend) * pose.get(key, 0) + blend * other.get(key, 0)
+            for key in ("pitch", "roll", "air")
+        )
         spread = rng.choice([2, 6, 12])  # degrees
         angles = self.set_arms(angles) + np.radians(spread) * rng.standard_normal(17)
-        pitch, roll = np.radians([pitch, roll * rng.choice([-1, 1])] + spread * rng.standard_normal(2))
+        pitch, roll = np.radians(
+            [pitch, roll * rng.choice([-1, 1])] + spread * rng.standard_normal(2)
+        )
         yaw = np.radians(rng.choice([10, 10, 30, 120])) * rng.standard_normal()
         qpos = np.zeros(24)
         qpos[:2] = rng.normal(0, 0.15, 2)
-        qpos[2], qpos[3:7], qpos[7:] = 1.4, euler_to_quat(roll, pitch, yaw), np.clip(angles, self.low, self.high)
+        qpos[2], qpos[3:7] = 1.4, euler_to_quat(roll, pitch, yaw)
+        qpos[7:] = np.clip(angles, self.low, self.high)
         self.forward(qpos)
-        lift = air * rng.random() * 2 if air else 0.3 * rng.random() ** 2 if rng.random() < 0.08 else 0.0
+        lift = 0.0
+        if air:
+            lift = air * rng.random() * 2
+        elif rng.random() < 0.08:
+            lift = 0.3 * rng.random() ** 2
         qpos[2] += lift - self.lowest()
         return qpos
 
     def settle(self, qpos, steps):
-        """Let go of the robot while its joints hold the pose: knees, feet and seat come to rest on the floor."""
-        self.env.set_state(qpos, np.zeros(23))
+        """Let go of the robot while its joints hold the pose: it comes to rest on the floor."""
+        self.set_state(qpos, np.zeros(23))
         for _ in range(steps):
             self.hold(qpos[7:], 0.0)
         return self.data.qpos.copy()
@@ -226,57 +257,120 @@ class Poser:
     def hold(self, target, action):
         """One step of 15 ms in which motors pull the joints towards `target` (17,) radians."""
         action = action + 3.0 * (target - self.data.qpos[7:]) - 0.1 * self.data.qvel[6:]
-        sac_vlmrm.HumanoidEnv.step(self.env, np.clip(action, -1, 1)[ACTUATED] * 0.4)
+        self.step(action)
 
     def sample_motion(self, length):
-        """States along a fall: from the start or a pose, under torques that are held, correlated or zero."""
-        rng, env = self.rng, self.env
-        env.reset(seed=int(rng.integers(2**31)))
+        """States along a fall: from the start or a pose, under held, correlated or no torques."""
+        rng = self.rng
+        noise = np.random.default_rng(int(rng.integers(2**31))).uniform(-0.01, 0.01, 24 + 23)
+        mujoco.mj_resetData(self.model, self.data)
+        self.set_state(self.model.qpos0 + noise[:24], noise[24:])  # as Gymnasium starts
         if rng.random() < 0.5:
-            env.set_state(self.sample_pose(), 0.3 * rng.standard_normal(23))
+            self.set_state(self.sample_pose(), 0.3 * rng.standard_normal(23))
         scale, keep = rng.choice([0, 0.3, 0.6, 1.0]), rng.choice([0.8, 0.95, 1.0])
         torque, states = rng.standard_normal(17), []
-        target = self.set_arms(self.joints(POSES[list(POSES)[rng.integers(len(POSES))]])) if rng.random() < 0.6 else None
+        target = None
+        if rng.random() < 0.6:
+            target = self.set_arms(self.joints(POSES[list(POSES)[rng.integers(len(POSES))]]))
         for t in range(length):
             torque = keep * torque + (1 - keep**2) ** 0.5 * rng.standard_normal(17)
             if target is None:
-                sac_vlmrm.HumanoidEnv.step(env, np.clip(scale * torque, -1, 1)[ACTUATED] * 0.4)
+                self.step(scale * torque)
             else:
                 self.hold(target, 0.3 * scale * torque)
             if t % 12 == 11:
-                states.append(env.data.qpos.copy())
+                states.append(self.data.qpos.copy())
         return states
-
-
-ACTUATED = [JOINTS.index(name) for name in ["abdomen_y", "abdomen_z"] + JOINTS[2:]]  # the order of the model's motors
 
 
 def euler_to_quat(roll, pitch, yaw):
     (cr, cp, cy), (sr, sp, sy) = (f(np.array([roll, pitch, yaw]) / 2) for f in (np.cos, np.sin))
-    return [cr * cp * cy + sr * sp * sy, sr * cp * cy - cr * sp * sy, cr * sp * cy + sr * cp * sy, cr * cp * sy - sr * sp * cy]
+    w, x = cr * cp * cy + sr * sp * sy, sr * cp * cy - cr * sp * sy
+    return [w, x, cr * sp * cy + sr * cp * sy, cr * cp * sy - sr * sp * cy]
 
 
-# DATA: captions. A frame is described by several concepts; each concept has many wordings, {s} is who is in the picture.
-SUBJECTS = ["a humanoid robot", "a humanoid robot", "a humanoid robot", "a robot", "a humanoid", "a man", "a person", "a figure"]
+# DATA: captions. A frame is described by several concepts; each concept has many wordings, {s} is
+# who is in the picture.
+SUBJECTS = [*["a humanoid robot"] * 3, "a robot", "a humanoid", "a man", "a person", "a figure"]
 CONCEPTS = {
-    "robot": ["{s}", "a picture of {s}", "{s} in a room with a wooden floor", "an image of {s} under a blue sky"],
-    "standing": ["{s} standing up", "{s} standing", "{s} standing upright", "{s} standing straight", "{s} on its feet", "{s} that stands on both legs"],
-    "standing with bent knees": ["{s} standing with bent knees", "{s} with slightly bent legs", "{s} dipping at the knees"],
+    "robot": [
+        "{s}",
+        "a picture of {s}",
+        "{s} in a room with a wooden floor",
+        "an image of {s} under a blue sky",
+    ],
+    "standing": [
+        "{s} standing up",
+        "{s} standing",
+        "{s} standing upright",
+        "{s} standing straight",
+        "{s} on its feet",
+        "{s} that stands on both legs",
+    ],
+    "standing with bent knees": [
+        "{s} standing with bent knees",
+        "{s} with slightly bent legs",
+        "{s} dipping at the knees",
+    ],
     "crouching": ["{s} crouching", "{s} squatting", "{s} half way down", "{s} in a squat"],
     "deep squat": ["{s} in a deep squat", "{s} squatting low over its feet"],
-    "one leg": ["{s} standing up on one leg", "{s} on one leg", "{s} balancing on one foot", "{s} with one leg lifted", "{s} standing on one leg"],
-    "one foot lifted": ["{s} with one foot just off the floor", "{s} making a small step", "{s} lifting one foot a little"],
-    "kneeling": ["{s} kneeling", "{s} on its knees", "{s} kneeling upright", "{s} kneeling on the floor", "{s} that kneels on both knees", "{s} down on both knees", "{s} kneeling down"],
+    "one leg": [
+        "{s} standing up on one leg",
+        "{s} on one leg",
+        "{s} balancing on one foot",
+        "{s} with one leg lifted",
+        "{s} standing on one leg",
+    ],
+    "one foot lifted": [
+        "{s} with one foot just off the floor",
+        "{s} making a small step",
+        "{s} lifting one foot a little",
+    ],
+    "kneeling": [
+        "{s} kneeling",
+        "{s} on its knees",
+        "{s} kneeling upright",
+        "{s} kneeling on the floor",
+        "{s} that kneels on both knees",
+        "{s} down on both knees",
+        "{s} kneeling down",
+    ],
     "sitting on heels": ["{s} sitting on its heels", "{s} kneeling, sitting back on the heels"],
-    "kneeling leaning back": ["{s} leaning back on its knees", "{s} tilting backwards over its heels"],
-    "kneeling far back": ["{s} leaning far back, knees on the floor", "{s} falling over backwards from its knees"],
-    "kneeling leaning forward": ["{s} on the knees, bending forward", "{s} bowing with knees on the floor"],
-    "kneeling leaning sideways": ["{s} on the knees, tilting to one side", "{s} toppling sideways, knees on the floor"],
-    "about to kneel": ["{s} about to kneel", "{s} going down to its knees", "{s} with its knees just above the floor"],
-    "one knee": ["{s} down on one knee", "{s} with one knee on the floor", "{s} half kneeling, one foot forward"],
-    "one knee lifted": ["{s} leaning on one knee, the other knee just above the floor", "{s} with one knee lifted a little"],
+    "kneeling leaning back": [
+        "{s} leaning back on its knees",
+        "{s} tilting backwards over its heels",
+    ],
+    "kneeling far back": [
+        "{s} leaning far back, knees on the floor",
+        "{s} falling over backwards from its knees",
+    ],
+    "kneeling leaning forward": [
+        "{s} on the knees, bending forward",
+        "{s} bowing with knees on the floor",
+    ],
+    "kneeling leaning sideways": [
+        "{s} on the knees, tilting to one side",
+        "{s} toppling sideways, knees on the floor",
+    ],
+    "about to kneel": [
+        "{s} about to kneel",
+        "{s} going down to its knees",
+        "{s} with its knees just above the floor",
+    ],
+    "one knee": [
+        "{s} down on one knee",
+        "{s} with one knee on the floor",
+        "{s} half kneeling, one foot forward",
+    ],
+    "one knee lifted": [
+        "{s} leaning on one knee, the other knee just above the floor",
+        "{s} with one knee lifted a little",
+    ],
     "all fours": ["{s} on all fours", "{s} on hands and knees", "{s} crawling"],
-    "propped on one hand": ["{s} propped on one hand, knees on the floor", "{s} on its knees and one hand"],
+    "propped on one hand": [
+        "{s} propped on one hand, knees on the floor",
+        "{s} on its knees and one hand",
+    ],
     "kneeling in the air": ["{s} floating with bent knees", "{s} in the air, shins folded back"],
     "in the air": ["{s} in the air", "{s} jumping", "{s} floating above the floor"],
     "leaning forward": ["{s} leaning forward", "{s} tipping forwards", "{s} falling forward"],
@@ -287,9 +381,20 @@ CONCEPTS = {
     "sitting knees up": ["{s} sitting with knees pulled up", "{s} seated, knees in the air"],
     "sitting between heels": ["{s} sitting between its heels", "{s} seated with folded legs"],
     "sitting leaning back": ["{s} sitting, leaning back", "{s} seated and falling backwards"],
-    "lotus": ["{s} seated down, meditating in the lotus position", "{s} meditating", "{s} in the lotus position", "{s} sitting cross-legged", "{s} meditating in lotus pose"],
+    "lotus": [
+        "{s} seated down, meditating in the lotus position",
+        "{s} meditating",
+        "{s} in the lotus position",
+        "{s} sitting cross-legged",
+        "{s} meditating in lotus pose",
+    ],
     "half lotus": ["{s} sitting with knees half apart", "{s} seated with loosely folded legs"],
-    "splits": ["{s} practicing gymnastics, doing the side splits", "{s} doing the splits", "{s} doing the side splits", "{s} with its legs spread wide on the floor"],
+    "splits": [
+        "{s} practicing gymnastics, doing the side splits",
+        "{s} doing the splits",
+        "{s} doing the side splits",
+        "{s} with its legs spread wide on the floor",
+    ],
     "half splits": ["{s} sitting with its legs apart", "{s} seated, legs opened a little"],
     "lying on back": ["{s} lying on its back", "{s} flat on its back"],
     "lying on front": ["{s} lying face down", "{s} flat on its belly"],
@@ -297,25 +402,60 @@ CONCEPTS = {
     "folded back": ["{s} bent over backwards on the floor", "{s} lying back over its folded legs"],
     "upside down": ["{s} upside down", "{s} standing on its head"],
     "toppling": ["{s} losing its balance", "{s} falling down", "{s} collapsing"],
-    "arms raised": ["{s} with both arms raised", "{s} with its hands in the air", "{s} holding up both hands"],
+    "arms raised": [
+        "{s} with both arms raised",
+        "{s} with its hands in the air",
+        "{s} holding up both hands",
+    ],
     "one arm raised": ["{s} with one arm raised", "{s} raising one hand"],
-    "hands at head": ["{s} with its hands at its head", "{s} holding its head", "{s} with hands behind the head"],
+    "hands at head": [
+        "{s} with its hands at its head",
+        "{s} holding its head",
+        "{s} with hands behind the head",
+    ],
     "hands on hips": ["{s} with hands on hips", "{s} with both hands on the hips"],
-    "arms crossed": ["{s} with its arms crossed", "{s} with folded arms", "{s} with arms crossed in front of the chest"],
-    "hands together": ["{s} with its hands together in front of the chest", "{s} with touching hands"],
+    "arms crossed": [
+        "{s} with its arms crossed",
+        "{s} with folded arms",
+        "{s} with arms crossed in front of the chest",
+    ],
+    "hands together": [
+        "{s} with its hands together in front of the chest",
+        "{s} with touching hands",
+    ],
     "arms out": ["{s} with its arms stretched out to the sides", "{s} with arms spread"],
     "arms forward": ["{s} reaching forward with both arms", "{s} with its arms stretched forward"],
     "arms down": ["{s} with its arms hanging down", "{s} with lowered arms"],
     "arms bent": ["{s} with bent arms", "{s} holding its hands in front of the shoulders"],
-}  # fmt: skip
-for _pose, _verb in (("standing", "standing up"), ("kneeling", "kneeling")):  # how the arms are held while it stands or kneels
+}
+# how the arms are held while it stands or kneels
+for _pose, _verb in (("standing", "standing up"), ("kneeling", "kneeling")):
     CONCEPTS |= {
-        f"{_pose}, arms raised": [f"{{s}} {_verb}, with both arms raised", f"{{s}} {_verb} with its hands in the air", f"{{s}} {_verb} with raised arms"],
-        f"{_pose}, one arm raised": [f"{{s}} {_verb} with one arm raised", f"{{s}} {_verb}, raising one hand"],
-        f"{_pose}, hands at head": [f"{{s}} {_verb} with its hands at its head", f"{{s}} {_verb}, holding its head"],
-        f"{_pose}, hands on hips": [f"{{s}} {_verb} with hands on hips", f"{{s}} {_verb}, both hands on the hips"],
-        f"{_pose}, arms crossed": [f"{{s}} {_verb}, with its arms crossed", f"{{s}} {_verb} with folded arms"],
-        f"{_pose}, hands together": [f"{{s}} {_verb} with its hands together", f"{{s}} {_verb} with touching hands"],
+        f"{_pose}, arms raised": [
+            f"{{s}} {_verb}, with both arms raised",
+            f"{{s}} {_verb} with its hands in the air",
+            f"{{s}} {_verb} with raised arms",
+        ],
+        f"{_pose}, one arm raised": [
+            f"{{s}} {_verb} with one arm raised",
+            f"{{s}} {_verb}, raising one hand",
+        ],
+        f"{_pose}, hands at head": [
+            f"{{s}} {_verb} with its hands at its head",
+            f"{{s}} {_verb}, holding its head",
+        ],
+        f"{_pose}, hands on hips": [
+            f"{{s}} {_verb} with hands on hips",
+            f"{{s}} {_verb}, both hands on the hips",
+        ],
+        f"{_pose}, arms crossed": [
+            f"{{s}} {_verb}, with its arms crossed",
+            f"{{s}} {_verb} with folded arms",
+        ],
+        f"{_pose}, hands together": [
+            f"{{s}} {_verb} with its hands together",
+            f"{{s}} {_verb} with touching hands",
+        ],
         f"{_pose}, arms out": [f"{{s}} {_verb} with its arms out to the sides"],
         f"{_pose}, arms forward": [f"{{s}} {_verb} with its arms stretched forward"],
         f"{_pose}, arms down": [f"{{s}} {_verb} with its arms hanging down"],
@@ -323,7 +463,7 @@ for _pose, _verb in (("standing", "standing up"), ("kneeling", "kneeling")):  # 
 
 
 def describe(poser, qpos):
-    """What a person would say of the robot in this state: concepts, the first of them its posture."""
+    """What a person would say of the robot in this state: concepts, first its posture."""
     poser.forward(qpos)
     data, sides = poser.data, ("left", "right")
     body, geom = (lambda name: data.body(name).xpos), (lambda name: data.geom(name).xpos)
@@ -339,9 +479,10 @@ def describe(poser, qpos):
     seat = geom("butt")[2] - 0.09
     bend = [-np.degrees(data.joint(f"{s}_knee").qpos[0]) for s in sides]
     thighs = [(body(f"{s}_shin") - body(f"{s}_thigh")) / 0.4 for s in sides]
-    spread = np.degrees(np.arccos(np.clip(thighs[0] @ thighs[1] / np.linalg.norm(thighs[0]) / np.linalg.norm(thighs[1]), -1, 1)))
-    pelvis = data.body("pelvis").xmat.reshape(3, 3)
-    foot_at, knee_at = ([pelvis.T @ (p(f"{s}_{n}") - body("pelvis")) for s in sides] for p, n in ((geom, "foot"), (body, "shin")))
+    cosine = thighs[0] @ thighs[1] / np.linalg.norm(thighs[0]) / np.linalg.norm(thighs[1])
+    spread = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    foot_at = [seen_from(data, "pelvis", geom(f"{s}_foot")) for s in sides]
+    knee_at = [seen_from(data, "pelvis", body(f"{s}_shin")) for s in sides]
     airborne = poser.lowest() > 0.05
 
     if airborne:
@@ -350,7 +491,8 @@ def describe(poser, qpos):
         posture = "upside down"
     elif max(knees) < 0.025 and tilt < 75:
         if seat < 0.07 and tilt < 50:
-            posture = "splits" if spread > 85 and max(bend) < 40 else "sitting between heels" if max(bend) > 60 else "half splits"
+            posture = "sitting between heels" if max(bend) > 60 else "half splits"
+            posture = "splits" if spread > 85 and max(bend) < 40 else posture
         elif max(hands) < 0.06 and tilt > 30:
             posture = "all fours"
         elif min(hands) < 0.06:
@@ -358,10 +500,12 @@ def describe(poser, qpos):
         elif tilt < 22:
             posture = "sitting on heels" if seat < 0.2 else "kneeling"
         else:
-            far = {"back": "kneeling far back", "forward": "kneeling leaning forward", "sideways": "kneeling leaning sideways"}
-            posture = far[lean] if tilt > 38 or lean != "back" else "kneeling leaning back"
+            posture = f"kneeling leaning {lean}"
+            if lean == "back" and tilt > 38:
+                posture = "kneeling far back"
     elif seat < 0.07 and tilt < 75:
-        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > 0.08 and min(bend) > 70
+        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > 0.08
+        wide = wide and min(bend) > 70
         if tilt > 40:
             posture = "sitting leaning back" if lean == "back" else "toppling"
         elif wide and max(knees) < 0.28:
@@ -377,29 +521,36 @@ def describe(poser, qpos):
     elif tilt < 28 and height > 1.0:
         if max(feet) > 0.1 and height > 1.1:
             posture = "one leg"
+        elif height < 1.16:
+            posture = "standing with bent knees"
         else:
-            posture = "standing with bent knees" if height < 1.16 else "one foot lifted" if max(feet) > 0.04 else "standing"
+            posture = "one foot lifted" if max(feet) > 0.04 else "standing"
     elif tilt < 40 and height > 0.55:
         posture = "crouching" if height > 0.8 else "deep squat"
     elif height > 0.55 and seat > 0.3:
         straight = max(bend) < 45 and min(feet) < 0.1
-        posture = "bowing" if lean == "forward" and tilt > 45 and straight and seat > 0.6 else f"leaning {lean}"
+        bowing = lean == "forward" and tilt > 45 and straight and seat > 0.6
+        posture = "bowing" if bowing else f"leaning {lean}"
     elif min(bend) > 90 and np.mean(knees) < 0.2 and lean == "back":
         posture = "folded back"
     elif tilt > 60:
         up = torso[2, 0]  # where the chest points
-        posture = "lying on back" if up > 0.6 else "lying on front" if up < -0.6 else "lying on side"
+        posture = (
+            "lying on back" if up > 0.6 else "lying on front" if up < -0.6 else "lying on side"
+        )
     else:
         posture = "toppling"
 
     concepts = ["robot"]
     side_of = {"left": 1, "right": -1}
     hold = []
-    raised_above = poser.rng.uniform(0.15, 0.4)  # people differ in what they call a raised arm: the reward gets a slope
+    # people differ in what they call a raised arm: the reward gets a slope
+    raised_above = poser.rng.uniform(0.15, 0.4)
     for side in sides:
-        x, y, z = sac_vlmrm.seen_from(data, "torso", f"{side}_hand")
+        x, y, z = seen_from(data, "torso", geom(f"{side}_hand"))
         y *= side_of[side]  # positive: on its own side
-        hip = np.linalg.norm(pelvis.T @ (geom(f"{side}_hand") - body("pelvis")) - [0, 0.2 * side_of[side], 0.08])
+        on_hip = seen_from(data, "pelvis", geom(f"{side}_hand")) - [0, 0.2 * side_of[side], 0.08]
+        hip = np.linalg.norm(on_hip)
         if z > raised_above:
             hold.append("raised")
         elif z > 0.07 and abs(y) < 0.28:
@@ -416,9 +567,14 @@ def describe(poser, qpos):
             hold.append("forward")
         else:
             hold.append("down" if z < -0.25 else "bent")
-    names = {"raised": "arms raised", "head": "hands at head", "hips": "hands on hips", "crossed": "arms crossed", "together": "hands together", "out": "arms out",
-             "forward": "arms forward", "down": "arms down", "bent": "arms bent"}  # fmt: skip
-    arms = names[hold[0]] if hold[0] == hold[1] else "one arm raised" if "raised" in hold else "hands together" if set(hold) == {"crossed", "together"} else None
+    names = {"head": "hands at head", "hips": "hands on hips", "together": "hands together"}
+    arms = None
+    if hold[0] == hold[1]:
+        arms = names.get(hold[0], f"arms {hold[0]}")
+    elif "raised" in hold:
+        arms = "one arm raised"
+    elif set(hold) == {"crossed", "together"}:
+        arms = "hands together"
     if arms and tilt < 40:
         concepts.append(arms)
         if f"{posture}, {arms}" in CONCEPTS:
@@ -428,73 +584,92 @@ def describe(poser, qpos):
     return [posture] + [c for c in concepts if c != posture]
 
 
-BODIES = ["torso", "pelvis", "left_shin", "right_shin", "left_foot", "right_foot", "left_lower_arm", "right_lower_arm"]
+BODIES = ["torso", "pelvis", "left_shin", "right_shin", "left_foot", "right_foot"]
+BODIES += ["left_lower_arm", "right_lower_arm"]
 
 
 def make_chunk(job):
     """Frames, concepts and body positions of `count` states; runs in a worker process."""
     seed, count, image_size, visited = job
     rng = np.random.default_rng(seed)
-    poser = Poser(rng, image_size)
+    poser = Poser(rng)
     states = list(visited) + [poser.other_arms(qpos) for qpos in visited[::2] if qpos[2] > 1]
     while len(states) < count:
-        states.extend(poser.sample_motion(int(rng.integers(12, 140))) if rng.random() < 0.06 else [poser.settle(poser.sample_pose(), rng.integers(9)) for _ in range(4)])
-    frames, concepts, positions, labels = [], [], [], []
-    for qpos in states[:count]:
-        concepts.append(describe(poser, qpos))
-        labels.append([bool(is_goal(poser.data)) for is_goal in sac_vlmrm.TASKS.values()])  # only for the report
-        positions.append(np.concatenate([poser.data.body(name).xpos for name in BODIES] + [poser.data.geom(f"{s}_hand").xpos for s in ("left", "right")]))
-        frames.append(poser.env.render_state(qpos).copy())
-    return np.stack(frames), concepts, np.stack(positions).astype(np.float32), np.array(labels)
+        if rng.random() < 0.06:
+            states += poser.sample_motion(int(rng.integers(12, 140)))
+        else:
+            states += [poser.settle(poser.sample_pose(), rng.integers(9)) for _ in range(4)]
+    qpos = np.stack(states[:count])
+    concepts, positions = [], []
+    for state in qpos:
+        concepts.append(describe(poser, state))
+        parts = [poser.data.body(name).xpos for name in BODIES]
+        parts += [poser.data.geom(f"{side}_hand").xpos for side in ("left", "right")]
+        positions.append(np.concatenate(parts))
+    labels = np.stack([*sac_vlmrm.goal_states(qpos).values()], axis=1)  # only for the report
+    size = image_size, image_size
+    with closing(sac_vlmrm.Painter(size, "modified", "modified")) as painter:
+        return painter(qpos), concepts, np.stack(positions).astype(np.float32), labels
 
 
 # TRAINING
 def model_config(args):
-    """open_clip's own configuration: a ModifiedResNet with one block per stage, a two-layer text transformer."""
-    return {
-        "model_cfg": {
-            "embed_dim": 128,
-            "vision_cfg": {"image_size": args.image_size, "layers": [1, 1, 1, 1], "width": args.width, "head_width": 64, "patch_size": None},
-            "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-        },
-        "preprocess_cfg": {"size": args.image_size, "mean": [0.5, 0.45, 0.45], "std": [0.25, 0.22, 0.25], "interpolation": "bilinear", "resize_mode": "squash"},
-    }
+    """open_clip's own configuration: a ModifiedResNet with one block per stage, a two-layer text
+    transformer."""
+    vision = {"image_size": args.image_size, "layers": [1, 1, 1, 1], "width": args.width}
+    vision |= {"head_width": 64, "patch_size": None}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    look = {"size": args.image_size, "mean": [0.5, 0.45, 0.45], "std": [0.25, 0.22, 0.25]}
+    look |= {"interpolation": "bilinear", "resize_mode": "squash"}
+    model = {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}
+    return {"model_cfg": model, "preprocess_cfg": look}
 
 
 def targets_of(concepts, names):
-    """Soft targets (N, C): which captions are true of a frame, the posture and the most specific ones counting most.
-    A caption that several people gave counts as often."""
+    """Soft targets (N, C): which captions are true of a frame, the posture and the most specific
+    ones counting most. A caption that several people gave counts as often."""
     index = {name: i for i, name in enumerate(names)}
+    general = "robot", "pole and cart", "a car in the mountain"
     targets = np.zeros((len(concepts), len(names)), dtype=np.float32)
     for row, true in enumerate(concepts):
         for rank, name in enumerate(true):
-            targets[row, index[name]] += 1.0 if rank == 0 or ", " in name else 0.3 if name in ("robot", "pole and cart", "a car in the mountain") else 0.5
+            specific = rank == 0 or ", " in name
+            targets[row, index[name]] += 1.0 if specific else 0.3 if name in general else 0.5
     return targets / targets.sum(1, keepdims=True)
 
 
 def train(args, data, model, preprocess, tokenizer):
-    """CLIP's two-way contrastive loss with soft targets, plus a head that regresses body positions and is dropped afterwards."""
-    frames, targets, positions, balance = data["frames"], torch.as_tensor(data["targets"]), torch.as_tensor(data["positions"]), data["balance"]
+    """CLIP's two-way contrastive loss with soft targets, plus a head that regresses body positions
+    and is dropped afterwards."""
+    frames, balance = data["frames"], data["balance"]
+    targets, positions = torch.as_tensor(data["targets"]), torch.as_tensor(data["positions"])
     position_head = nn.Linear(128, positions.shape[1])
     always = torch.arange(targets.shape[1]) < len(CONCEPTS)
     parameters = [*model.parameters(), *position_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05, fused=True)
     steps = int(args.passes * len(frames) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.05)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimizer, args.lr, total_steps=steps, pct_start=0.05)
     rng = np.random.default_rng(args.seed)
+    bf16 = torch.cpu._is_avx512_bf16_supported()
     model.train()
     progress = tqdm(range(steps), dynamic_ncols=True, mininterval=5)
     for step in progress:
         rows = rng.choice(len(frames), args.batch_size, p=balance)
         images = torch.as_tensor(frames[rows]).permute(0, 3, 1, 2).float() / 255
         seen = targets[rows].sum(0) > 0
-        used = torch.nonzero(seen | always)[:, 0].tolist()  # the batch's captions, and all of the humanoid: C of them
-        wordings = [data["wordings"][i] for i in used]
-        captions = [texts[rng.integers(len(texts))].replace("{s}", SUBJECTS[rng.integers(len(SUBJECTS))]) for texts in wordings]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):  # twice as fast
-            features, text = model.encode_image(preprocess(images)), model.encode_text(tokenizer(captions))
+        # the batch's captions, and all of the humanoid: C of them
+        used = torch.nonzero(seen | always)[:, 0].tolist()
+        captions = []
+        for texts in (data["wordings"][i] for i in used):
+            wording = texts[rng.integers(len(texts))]
+            captions.append(wording.replace("{s}", SUBJECTS[rng.integers(len(SUBJECTS))]))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):  # twice as fast
+            features = model.encode_image(preprocess(images))
+            text = model.encode_text(tokenizer(captions))
         features, text = features.float(), F.normalize(text.float(), dim=-1)  # (B, 128), (C, 128)
-        logits = model.logit_scale.exp().clamp(max=20) * F.normalize(features, dim=-1) @ text.T  # (B, C)
+        scale = model.logit_scale.exp()
+        logits = scale.clamp(max=20) * F.normalize(features, dim=-1) @ text.T  # (B, C)
         target, seen = targets[rows][:, used], seen[used]
         of_text = (target / target.sum(0).clamp(min=1e-6)).T[seen]  # (C', B)
         loss_clip = F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits.T[seen], of_text)
@@ -507,7 +682,8 @@ def train(args, data, model, preprocess, tokenizer):
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            progress.set_postfix(clip=f"{loss_clip.item():.3f}", position=f"{loss_position.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
+            scalars = {"clip": loss_clip, "position": loss_position, "scale": scale}
+            progress.set_postfix({key: f"{value.item():.3f}" for key, value in scalars.items()})
     return model.eval()
 
 
@@ -516,91 +692,114 @@ def save(args, model, config, wordings):
     with torch.no_grad():
         model.logit_scale.clamp_(max=float(np.log(20)))
     (args.out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, args.out / "open_clip_model.safetensors")
-    words = {word for texts in wordings for text in texts for word in text.replace("{s}", " ").replace(",", " ").lower().split()}
-    words |= {word for subject in SUBJECTS for word in subject.split()}
+    weights = model.state_dict()
+    for name, value in weights.items():
+        weights[name] = value.half().contiguous() if value.is_floating_point() else value
+    save_file(weights, args.out / "open_clip_model.safetensors")
+    said = " ".join(text for texts in [*wordings, SUBJECTS] for text in texts)
+    words = set(said.replace("{s}", " ").replace(",", " ").lower().split())
     (args.out / "vocabulary.txt").write_text("\n".join(sorted(words)) + "\n")
 
 
 # REPORT
-ATTRIBUTES = ("robot", "toppling", "arms", "hands", "one arm")  # concepts that say nothing of the posture
-TASK_ORDER = [list(sac_vlmrm.TASKS).index(task) for task in sac_vlmrm.TASK_PROMPTS.values()]
+# concepts that say nothing of the posture
+ATTRIBUTES = ("robot", "toppling", "arms", "hands", "one arm")
 
 
 def epic_distance(reward, label):
-    """sqrt(1 - rho) / sqrt(2), rho the Pearson correlation of reward and label (paper, section 4.4)."""
+    """sqrt(1 - rho) / sqrt(2), rho the correlation of reward and label (paper, section 4.4)."""
     return float(np.sqrt(max(0, 1 - np.corrcoef(reward, label)[0, 1]) / 2))
 
 
 def report(args, tests):
-    """Accuracy and EPIC distances on frames that were not trained on; `tests`: name -> (frames, concepts, labels)."""
-    model, preprocess, tokenizer = sac_vlmrm.load_clip(f"local-dir:{args.out}", "cpu", "fp32")
+    """Accuracy and EPIC distances on frames that were not trained on.
+    `tests`: name -> (frames, concepts, labels)."""
+    clip_model, robot = f"local-dir:{args.out}", "a humanoid robot"
+    model, _, tokenizer = sac_vlmrm.load_clip(clip_model, "cpu", "fp32")
+    clip = sac_vlmrm.CLIPReward(clip_model, (robot,), (robot,))
     postures = [name for name in CONCEPTS if not name.startswith(ATTRIBUTES) and ", " not in name]
-    captions = [CONCEPTS[name][0].replace("{s}", "a humanoid robot") for name in postures]
-    other = ("out", "visit", "visit_states", "unseen", "report_only")  # what the weights do not depend on
+    captions = [CONCEPTS[name][0].replace("{s}", robot) for name in postures]
+    # what the weights do not depend on
+    other = "out", "visit", "visit_states", "unseen", "report_only"
     result = {"args": {key: value for key, value in asdict(args).items() if key not in other}}
     for test, (frames, concepts, labels) in tests.items():
         with torch.inference_mode():
             text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
-            clip = sac_vlmrm.CLIPReward(f"local-dir:{args.out}", ["a humanoid robot"])
             embeddings = clip.embed_images(frames)
         named = (embeddings @ text.T).argmax(1).numpy()
         accuracy = float(np.mean([postures[i] == true[0] for i, true in zip(named, concepts)]))
         result[test] = {"frames": len(frames), "posture_accuracy": accuracy, "epic": {}}
-        print(f"{test}: posture named right in {accuracy:.1%} of {len(frames)} frames, {len(postures)} postures")
-        for (prompt, task), label in zip(sac_vlmrm.TASK_PROMPTS.items(), labels.T[TASK_ORDER]):
+        named_right = f"posture named right in {accuracy:.1%} of {len(frames)} frames"
+        print(f"{test}: {named_right}, {len(postures)} postures")
+        for (task, prompt), label in zip(sac_vlmrm.TASKS.items(), labels.T):
             if not label.any():
                 continue
             row = {}
             for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
                 with torch.inference_mode():
                     clip.goal = F.normalize(model.encode_text(tokenizer([prompt])), dim=-1)[0]
-                    clip.direction, clip.alpha = F.normalize(clip.goal - clip.baseline, dim=0), alpha
+                    clip.direction = F.normalize(clip.goal - clip.baseline, dim=0)
+                    clip.alpha = alpha
                     row[alpha] = epic_distance(clip(embeddings).numpy(), label)
             result[test]["epic"][task] = {"goal_states": int(label.sum()), **row}
-            print(f"  EPIC {task:14} {label.sum():5} goal states   " + "  ".join(f"alpha {a}: {d:.3f}" for a, d in row.items()))
+            shown = "  ".join(f"alpha {alpha}: {distance:.3f}" for alpha, distance in row.items())
+            print(f"  EPIC {task:14} {label.sum():5} goal states   {shown}")
     (args.out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def visited_states(runs, count, rng):
-    """States from the replay buffers of trained policies, most of them from the second half of training; (N, 24)."""
+    """States (N, 24) from the replay buffers of trained policies, most of them from the second half
+    of training."""
     states = []
     for folder in runs:
-        obs = torch.cat([torch.load(chunk, weights_only=True)["next_obs"] for chunk in sorted(folder.glob("replay_*.pt"))])
-        late = rng.integers(len(obs) // 2, len(obs), count * 3 // 4)
-        states.append(obs[np.concatenate([late, rng.integers(0, len(obs), count - len(late))]), :24].numpy())
+        paths = sorted(folder.glob("replay_*.pt"))
+        obs = (torch.load(path, weights_only=True)["obs"] for path in paths)  # (E, T+1, 255)
+        qpos = torch.cat([chunk[:, 1:, :24].reshape(-1, 24) for chunk in obs])
+        late = rng.integers(len(qpos) // 2, len(qpos), count * 3 // 4)
+        rows = np.concatenate([late, rng.integers(0, len(qpos), count - len(late))])
+        states.append(qpos[rows].numpy())
     return np.concatenate(states)
 
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
     started = time.time()
-    print(f"renderer: {sac_vlmrm.pick_gl_backend()}")
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.data_seed)
     visited_file = HERE / "visited_states.npz"
-    visited = np.load(visited_file)["qpos"].astype(np.float64) if visited_file.exists() else np.zeros((0, 24))
+    visited = np.zeros((0, 24))
+    if visited_file.exists():
+        visited = np.load(visited_file)["qpos"].astype(np.float64)
     if args.visit:
         visited = np.concatenate([visited, visited_states(args.visit, args.visit_states, rng)])
         np.savez_compressed(visited_file, qpos=visited.astype(np.float32))
 
     # states, frames and captions, a thousand at a time; the last chunks are held out
     count = args.frames // 1000
-    visited = visited[np.arange(0, len(visited), max(1.0, Args.frames / args.frames)).astype(int)]  # the same share of fewer frames
-    chunks = [(args.data_seed * 100_000 + i, 1000, args.image_size, visited[i::count][:1000]) for i in range(count)]
-    held_out = [(args.data_seed * 100_000 + count + i, 1000, args.image_size, []) for i in range(4)]
+    seed, size = args.data_seed * 100_000, args.image_size
+    every = max(1.0, Args.frames / args.frames)  # the same share of fewer frames
+    visited = visited[np.arange(0, len(visited), every).astype(int)]
+    chunks = [(seed + i, 1000, size, visited[i::count][:1000]) for i in range(count)]
+    held_out = [(seed + count + i, 1000, size, []) for i in range(4)]
     unseen = visited_states(args.unseen, args.visit_states, rng) if args.unseen else []
-    held_out += [(0, len(part), args.image_size, part) for part in np.split(unseen, range(1000, len(unseen), 1000)) if len(part)]
+    parts = np.split(unseen, range(1000, len(unseen), 1000))
+    held_out += [(0, len(part), size, part) for part in parts if len(part)]
     jobs = held_out if args.report_only else chunks + held_out
     with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
         made = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc="thousands of frames"))
-    frames, concepts, positions, labels = (sum(part, []) if type(part[0]) is list else np.concatenate(part) for part in zip(*made))
-    train_count = 0 if args.report_only else 1000 * count
-    parts = {"held out": slice(train_count, train_count + 4000), "visited by unseen policies": slice(train_count + 4000, None)}
-    tests = {name: (frames[part], concepts[part], labels[part]) for name, part in parts.items() if len(frames[part])}
+    frames, concepts, positions, labels = zip(*made)
+    frames, positions, labels = (np.concatenate(part) for part in (frames, positions, labels))
+    concepts = sum(concepts, [])
+    n = 0 if args.report_only else 1000 * count  # to train on
+    parts = {"held out": slice(n, n + 4000), "visited by unseen policies": slice(n + 4000, None)}
+    tests = {
+        name: (frames[part], concepts[part], labels[part])
+        for name, part in parts.items()
+        if len(frames[part])
+    }
     if args.report_only:
         return report(args, tests)
-    frames, concepts, positions = frames[:train_count], concepts[:train_count], positions[:train_count]
+    frames, concepts, positions = frames[:n], concepts[:n], positions[:n]
 
     wordings = dict(CONCEPTS)
     is_humanoid = np.ones(len(frames), dtype=bool)
@@ -610,18 +809,27 @@ def main(argv=None):
         classic, captions = classic_examples(rng, args.classic_frames, args.image_size)
         wordings |= {text: [text] for texts in captions for text in texts}
         frames, concepts = np.concatenate([frames, classic]), concepts + captions
-        positions = np.concatenate([positions, np.zeros((len(classic), positions.shape[1]), dtype=np.float32)])
-        is_humanoid = np.concatenate([is_humanoid, np.zeros(len(classic), dtype=bool)])
+        positions = np.pad(positions, ((0, len(classic)), (0, 0)))
+        is_humanoid = np.pad(is_humanoid, (0, len(classic)))
     # half way to drawing every posture, told apart by what the arms do, equally often
-    kinds = [next((name for name in true if name in CONCEPTS and ", " in name), true[0]) for true in concepts]
+    kinds = [
+        next((name for name in true if name in CONCEPTS and ", " in name), true[0])
+        for true in concepts
+    ]
     names, counts = np.unique(kinds, return_counts=True)
     rarity = dict(zip(names, counts**-0.5))
     balance = np.array([rarity[kind] for kind in kinds])
     for part, share in ((is_humanoid, 0.8), (~is_humanoid, 0.2)):
         balance[part] *= share / max(balance[part].sum(), 1e-9)
     mean, std = positions[is_humanoid].mean(0), positions[is_humanoid].std(0)
-    data = {"frames": frames, "targets": targets_of(concepts, list(wordings)), "positions": (positions - mean) / std,
-            "balance": balance / balance.sum(), "wordings": list(wordings.values()), "is_humanoid": is_humanoid}  # fmt: skip
+    data = {
+        "frames": frames,
+        "targets": targets_of(concepts, list(wordings)),
+        "positions": (positions - mean) / std,
+        "balance": balance / balance.sum(),
+        "wordings": list(wordings.values()),
+        "is_humanoid": is_humanoid,
+    }
     print(f"{len(frames)} frames, {len(wordings)} concepts, {time.time() - started:.0f} s")
 
     config = model_config(args)
