@@ -53,8 +53,19 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 import sac_vlmrm
-from sac_vlmrm import TASKS, CLIPReward, Painter, atomic_save, check, goal_states, warn
+from sac_vlmrm import (
+    TASKS,
+    CLIPReward,
+    Painter,
+    Patient,
+    atomic_save,
+    check,
+    goal_states,
+    machine_limits,
+    warn,
+)
 
 os.environ["MPLBACKEND"] = "agg"  # read by matplotlib: files, no windows, whatever a notebook says
 
@@ -152,12 +163,16 @@ def embed_frames(scorer, frames, cache):
 
     embeddings, saved = embed(frames[:1])[:0], time.time()  # (0, D)
     if cache.is_file():
-        embeddings = torch.load(cache, weights_only=True)
-        again = embed(frames[: min(8, len(embeddings))])
-        same = embeddings.shape[1] == again.shape[1]
-        if not same or (again * embeddings[:8]).sum(1).min() < 0.9995:  # bf16: 0.9999
-            print("the cached embeddings are of other weights; embedding again")
-            embeddings = again[:0]
+        again = embed(frames[:8])
+        try:
+            old = torch.load(cache, weights_only=True)
+            same = (again[: len(old)] * old[:8]).sum(1).min() > 0.9995  # bf16: 0.9999
+        except Exception:  # a damaged file, other sizes
+            same = False
+        if same:
+            embeddings = old
+        else:
+            print("the cached embeddings are damaged or of other weights; embedding again")
     cache.parent.mkdir(parents=True, exist_ok=True)
     bar = {"unit": "frame", "desc": "embedding", "dynamic_ncols": True}
     progress = tqdm(total=len(frames), initial=len(embeddings), **bar)
@@ -240,12 +255,12 @@ def make_frames(args, size, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = {"total": len(source), "unit": "frame", "desc": "drawing", "dynamic_ncols": True}
     frames, labels, qpos = np.empty((len(source), *size, 3), dtype=np.uint8), [], []
-    painter = Painter(size, args.textures, args.camera, torch.get_num_threads())
+    painter = Painter(size, args.textures, args.camera, machine_limits()[0])
     with closing(painter), tqdm(**bar) as progress:
         tqdm.write(f"renderer: {painter.name}")
         while batch := list(itertools.islice(states, 100)):
+            frames[len(qpos) : len(qpos) + len(batch)] = painter(np.stack(batch))
             qpos += batch
-            frames[progress.n : progress.n + len(batch)] = painter(np.stack(batch))
             labels.append(np.stack([*goal_states(np.stack(batch)).values()], axis=1))
             progress.update(len(batch))
     labels, tasks, aside = np.concatenate(labels), list(TASKS), path.with_suffix(".tmp.npz")
@@ -257,7 +272,9 @@ def frames_file(args, size):
     """Where the frames of these flags are kept. The scripts count too: another version may draw or
     label otherwise."""
     here = Path(sac_vlmrm.__file__).resolve().parent
-    key = [(here / name).read_text() for name in ("sac_vlmrm.py", "tiny_clip/train.py")]
+    key = [
+        (here / name).read_text(encoding="utf-8") for name in ("sac_vlmrm.py", "tiny_clip/train.py")
+    ]
     key += [size, args.generated, args.visited, args.textures, args.camera, args.seed]
     key += [[run, sorted(path.name for path in Path(run).glob("replay_*.pt"))] for run in args.run]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -553,7 +570,7 @@ def score_all(args, rows, frames, labels, about):
         results.append(result | {"epic": epic, "no_distance": reasons})
         print(f"\n{report(results[-1], goal_counts)}")
         tables = "\n".join(report(result, goal_counts) for result in results)
-        (out / "epic.md").write_text(f"{about}\n{tables}")
+        (out / "epic.md").write_text(f"{about}\n{tables}", encoding="utf-8")
         numbers = {"frames": about.strip(), "goal_states": goal_counts, "vlms": results}
         numbers["args"] = asdict(args)
         (out / "epic.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -584,6 +601,8 @@ def main(argv=None):
         about += "EPIC distance: 0 perfect, 0.707 unrelated, 1 inverted.\n"
         print(about, end="")
         results = score_all(args, choose_rows(args, labels), frames, labels, about)
+    except OSError as error:
+        sys.exit(f"error: --out {args.out}: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on with the embeddings made so far")
     print(f"wrote epic.md, epic.json, epic_alpha.png, epic_size.png, histogram_*.png to {args.out}")
@@ -591,4 +610,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     main()

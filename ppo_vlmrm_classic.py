@@ -33,7 +33,9 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +121,25 @@ def check(ok, message):
     """End the program with one clear line if a user's input is not usable."""
     if not ok:
         sys.exit(f"error: {message}")
+
+
+class Patient:
+    """A stream whose reader, a terminal or `| head`, may go away: then it drops what it is told."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a prompt in letters that it can't show
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
 
 
 @functools.cache  # shows each message once
@@ -415,7 +436,9 @@ class CLIPReward(nn.Module):
                 length = self.tokenizer.context_length
                 warn(f'"{prompt}" is longer than the {length} tokens it reads')
             words = set(prompt.lower().replace(",", " ").split())
-            if vocabulary.is_file() and (words := words - set(vocabulary.read_text().split())):
+            if vocabulary.is_file() and (
+                words := words - set(vocabulary.read_text(encoding="utf-8").split())
+            ):
                 warn(f"{clip_model}, no zero-shot model, never saw {', '.join(sorted(words))}")
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
         self.register_buffer("baseline", self.embed_prompts(baseline))  # (D,)
@@ -518,7 +541,9 @@ def load_saved(path, keys):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
     except Exception:  # cut short, no zip file, a pickle with code in it: each raises its own
-        sys.exit(f"error: {path} is damaged; remove the newest checkpoint to resume the one before")
+        hint = "; remove the newest checkpoint to resume the one before"
+        hint = "" if path.name == "best.pt" else hint
+        sys.exit(f"error: {path} is damaged{hint}")
 
 
 # EVALUATION
@@ -583,9 +608,12 @@ def final_evaluation(args, run_dir, scene, play, agent):
         print(f"{name:15}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
         if name == "greedy action":
             filmed = states[:, :6].swapaxes(0, 1), in_goal[:6]
-    (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    try:
+        (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:  # a run folder of somebody else's
+        warn(f"no eval.json: {error}")
     film(scene, *filmed, args.drawing == "textured", run_dir / "eval")
-    print(f"wrote {run_dir}/eval.json, eval.mp4 and eval.png")
+    print(f"wrote {', '.join(map(str, sorted(run_dir.glob('eval.*'))))}")
     return summary
 
 
@@ -640,8 +668,9 @@ def parse_args(argv):
     if run_dir := args.resume or args.evaluate:
         try:
             saved = json.loads(Path(run_dir, "args.json").read_text())["args"]
+            assert saved.keys() == asdict(args).keys()
             saved = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
         # a given prompt replaces the saved ones
         blank = replace(saved, prompt=(), baseline_prompt=())
@@ -683,6 +712,9 @@ def parse_args(argv):
     check(device == "cpu" or there[device](), f"--device {device}: PyTorch sees no such GPU here")
     check(device != "cpu" or args.clip_precision == "fp32", "--clip-precision needs a GPU")
     check(not args.track or find_spec("wandb"), "--track needs: pip install wandb")
+    check(args.seed < 2**32, "--seed must be below 2^32")
+    good = args.run_name.isprintable() and len(args.run_name) < 100
+    check(good, "--run-name must be printable and shorter than 100 characters")
     return args, device
 
 
@@ -744,7 +776,6 @@ def main(argv=None):
 
     def save():
         """A checkpoint where all episodes end: nothing of the environments needs saving."""
-        writer.flush()
         checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"state": state}
         checkpoint["rng"] = torch.get_rng_state()
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if device == "cuda" else None
@@ -755,6 +786,7 @@ def main(argv=None):
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
+        check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
         saved = load_saved(checkpoints[-1], [*parts, "state", "rng", "cuda_rng"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -762,10 +794,22 @@ def main(argv=None):
         torch.set_rng_state(saved["rng"])
         if device == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
-    run_dir.mkdir(parents=True, exist_ok=True)
+    else:
+        line, rewards, epic = landscape(args, scene, clip_reward, embed)
+        if args.standardize and args.reward == "vlm":
+            of_states = rewards[f"alpha {args.clip_alpha:g}"][1]
+            state["reward_mean"] = float(of_states.mean())
+            state["reward_std"] = max(float(of_states.std()), 1e-6)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    except FileExistsError:
+        check(False, f"{run_dir} exists: another run has just taken the name")
     about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
     (run_dir / "args.tmp").write_text(json.dumps(about, indent=2))
     os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume too: it may have more steps
+    if not args.resume:
+        (run_dir / "epic.json").write_text(json.dumps(epic, indent=2) + "\n")
+        save()  # from now on the run can be resumed
     if args.track:
         try:
             import wandb
@@ -778,13 +822,6 @@ def main(argv=None):
     if not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        line, rewards, epic = landscape(args, scene, clip_reward, embed)
-        (run_dir / "epic.json").write_text(json.dumps(epic, indent=2) + "\n")
-        if args.standardize and args.reward == "vlm":
-            of_states = rewards[f"alpha {args.clip_alpha:g}"][1]
-            state["reward_mean"] = float(of_states.mean())
-            state["reward_std"] = max(float(of_states.std()), 1e-6)
-        save()
         plot_landscape(args, scene, line, rewards, epic, run_dir, writer)
     if args.landscape_only:
         writer.close()
@@ -810,15 +847,14 @@ def main(argv=None):
         return losses | {"approx_kl": approx_kl, "clipfrac": clipfrac}
 
     def stop(signum, _):
-        if signal.Signals(signum).name == "SIGHUP":  # the terminal is gone, printing would fail
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         stopping.append(signum)
         tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more: at once")
         signal.signal(signum, signal.SIG_DFL)
 
     signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
     signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
+    if threading.current_thread() is not threading.main_thread():
+        signals = []  # which alone may handle them
     handlers = {signum: signal.signal(signum, stop) for signum in signals}
     total = args.total_timesteps
     progress = tqdm(total=total, initial=state["global_step"], unit="step", dynamic_ncols=True)
@@ -874,6 +910,7 @@ def main(argv=None):
                 best = {"agent": agent.state_dict(), "global_step": global_step}
                 atomic_save(best, run_dir / "best.pt")
         if due or stopping:
+            writer.flush()
             save()
     progress.close()
     writer.close()
@@ -890,6 +927,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         main()
     except OSError as error:  # a full disk, most of all

@@ -31,9 +31,11 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from ctypes.util import find_library
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +48,8 @@ if sys.platform == "linux":
     os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl").lower()
     if os.environ["MUJOCO_GL"] not in ("egl", "osmesa", "glfw"):
         sys.exit("error: MUJOCO_GL must be egl, osmesa or glfw; or unset it")
+    if os.environ["MUJOCO_GL"] == "osmesa" and not find_library("OSMesa"):
+        sys.exit("error: MUJOCO_GL=osmesa, but there is no OSMesa library; unset it")
 
 import torch  # before OpenGL: the other order segfaults
 
@@ -128,6 +132,25 @@ def check(ok, message):
     """End the program with one clear line if a user's input is not usable."""
     if not ok:
         sys.exit(f"error: {message}")
+
+
+class Patient:
+    """A stream whose reader, a terminal or `| head`, may go away: then it drops what it is told."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a prompt in letters that it can't show
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
 
 
 @functools.cache  # shows each message once
@@ -469,7 +492,9 @@ class CLIPReward(nn.Module):
                 length = self.tokenizer.context_length
                 warn(f'"{prompt}" is longer than the {length} tokens it reads')
             words = set(prompt.lower().replace(",", " ").split())
-            if vocabulary.is_file() and (words := words - set(vocabulary.read_text().split())):
+            if vocabulary.is_file() and (
+                words := words - set(vocabulary.read_text(encoding="utf-8").split())
+            ):
                 warn(f"{clip_model}, no zero-shot model, never saw {', '.join(sorted(words))}")
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
         self.register_buffer("baseline", self.embed_prompts(baseline))  # (D,)
@@ -604,7 +629,7 @@ class ReplayBuffer:
                 continue
             chunk = load_saved(path, self.data)
             start = int(path.stem[7:]) - len(chunk["rewards"])
-            first = self.total == 0 and start <= max(0, total - self.size)
+            first = start <= max(0, total - self.size)  # the ring needs none before it
             check(
                 first or start == self.total, f"{folder}: the chunk before {path.name} is missing"
             )
@@ -725,7 +750,9 @@ def load_saved(path, keys):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
     except Exception:  # cut short, no zip file, a pickle with code in it: each raises its own
-        sys.exit(f"error: {path} is damaged; remove the newest checkpoint to resume the one before")
+        hint = "; remove the newest checkpoint to resume the one before"
+        hint = "" if path.name == "best.pt" else hint
+        sys.exit(f"error: {path} is damaged{hint}")
 
 
 # EVALUATION
@@ -798,16 +825,19 @@ def final_evaluation(args, run_dir, play, actor, painter):
             row |= {"success_rate": success_rate(success), "share_in_goal": float(success.mean())}
         print(f"{name:15}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
         pictures = pictures or [qpos[:6], success[:6]]
-    (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    try:
+        (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:  # a run folder of somebody else's
+        warn(f"no eval.json: {error}")
     film(painter, *pictures, run_dir / "eval")
-    print(f"wrote {run_dir}/eval.json, eval.mp4 and eval.png")
+    print(f"wrote {', '.join(map(str, sorted(run_dir.glob('eval.*'))))}")
     return summary
 
 
 # MAIN
 def machine_limits():
     """Cores and bytes of memory that this process may use; in a container, those of its cgroup."""
-    cores, memory = torch.get_num_threads(), math.inf
+    cores, memory = min(torch.get_num_threads(), os.cpu_count()), math.inf
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for group in (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")):
@@ -827,8 +857,9 @@ def parse_args(argv):
     if run_dir := args.resume or args.evaluate:
         try:
             saved = json.loads(Path(run_dir, "args.json").read_text())["args"]
+            assert saved.keys() == asdict(args).keys()
             saved = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
         # a given prompt replaces the saved ones; another prompt is another task
         blank = replace(saved, prompt=(), baseline_prompt=(), task="")
@@ -836,6 +867,7 @@ def parse_args(argv):
         args.task = args.task or (saved.task if args.prompt in ((), saved.prompt) else "")
         args.prompt = args.prompt or saved.prompt
         args.baseline_prompt = args.baseline_prompt or saved.baseline_prompt
+        check(args.normalize == saved.normalize, "--normalize is part of the policy: no change")
     if args.reward == "vlm":
         args.baseline_prompt = args.baseline_prompt or ("a humanoid robot",)
         check(args.prompt, 'tell the robot what to do, e.g. --prompt "a humanoid robot kneeling"')
@@ -872,6 +904,9 @@ def parse_args(argv):
     memory = torch.cuda.mem_get_info()[0] if device == "cuda" else machine_limits()[1]
     check(needed < 0.9 * memory, f"--buffer-size needs {needed / 1e9:.1f} GB of memory")
     check(not args.track or find_spec("wandb"), "--track needs: pip install wandb")
+    check(args.seed < 2**32, "--seed must be below 2^32")
+    good = args.run_name.isprintable() and len(args.run_name) < 100
+    check(good, "--run-name must be printable and shorter than 100 characters")
     return args, device
 
 
@@ -953,7 +988,6 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     def save():
         """A checkpoint, where all episodes end: nothing of the simulators needs saving."""
         rb.save(run_dir, state["saved_episodes"])
-        writer.flush()
         state["saved_episodes"] = rb.total
         checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"state": state}
         checkpoint["rng"] = torch.get_rng_state()
@@ -965,6 +999,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
+        check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
         saved = load_saved(checkpoints[-1], [*parts, "state", "rng", "cuda_rng"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
@@ -973,12 +1008,17 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         torch.set_rng_state(saved["rng"])
         if device == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    except FileExistsError:
+        check(False, f"{run_dir} exists: another run has just taken the name")
     about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
     (run_dir / "args.tmp").write_text(json.dumps(about | {"mujoco": mujoco.__version__}, indent=2))
     os.replace(
         run_dir / "args.tmp", run_dir / "args.json"
     )  # also on resume: it may have more steps
+    if not args.resume:
+        save()  # from now on the run can be resumed
     if args.track:
         try:
             import wandb
@@ -991,18 +1031,16 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     if not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        save()
 
     def stop(signum, _):
-        if signal.Signals(signum).name == "SIGHUP":  # the terminal is gone, printing would fail
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         stopping.append(signum)
         tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more: at once")
         signal.signal(signum, signal.SIG_DFL)
 
     signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
     signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
+    if threading.current_thread() is not threading.main_thread():
+        signals = []  # which alone may handle them
     handlers = {signum: signal.signal(signum, stop) for signum in signals}
     total = args.total_timesteps
     progress = tqdm(total=total, initial=state["global_step"], unit="step", dynamic_ncols=True)
@@ -1033,6 +1071,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         due = global_step >= total or global_step % args.eval_frequency < rewards.size
         pictures = keep_best() if due and losses else None
         if due or stopping:
+            writer.flush()
             save()
         if pictures:
             film(film_painter, *pictures, run_dir / f"video_{global_step:09d}")
@@ -1053,6 +1092,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         main()
     except OSError as error:  # a full disk, most of all

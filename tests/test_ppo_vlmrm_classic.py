@@ -431,19 +431,19 @@ def test_without_ffmpeg_there_is_a_warning_and_every_number():
 
 def test_without_its_picture_a_landscape_has_its_numbers(monkeypatch, capsys):
     """Here a folder stands where the picture should go; checkpoint and numbers come before it."""
-    monkeypatch.setattr(ppo, "landscape", blocking(ppo.landscape))
+    monkeypatch.setattr(ppo, "plot_landscape", blocking(ppo.plot_landscape))
     epic = ppo.main([*SMALL, "--landscape-only", "--run-name", "run"])
     assert capsys.readouterr().out.count("warning: no landscape.png") == 1
     assert json.loads(Path("runs/run/epic.json").read_text()) == epic
     assert Path("runs/run/checkpoint_000000000.pt").exists()
 
 
-def blocking(landscape):
-    def landscape_then_blocked(args, *rest):
+def blocking(plot_landscape):
+    def blocked(*args):
         Path("runs/run/landscape.png").mkdir()
-        return landscape(args, *rest)
+        plot_landscape(*args)
 
-    return landscape_then_blocked
+    return blocked
 
 
 def test_the_backend_of_a_notebook_does_not_matter():

@@ -470,6 +470,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(whole, copy, t
     assert_same(whole[0], copy)
 
 
+def test_a_buffer_smaller_than_the_way_between_checkpoints_resumes(small):
+    """The ring has overwritten what no chunk holds; a missing chunk that is needed is named."""
+    flags = [*small, "--buffer-size", "200", "--run-name", "tiny"]
+    sac_vlmrm.main(flags)
+    sac_vlmrm.main(["--resume", "runs/tiny", "--total-timesteps", "1000"])
+    run = Path("runs/tiny")
+    assert checkpoints(run)[-1].name == "checkpoint_000001000.pt"
+
+
+def test_a_reader_that_goes_away_ends_nothing(small):
+    """As `2>&1 | head` does; and the stream can't show the prompt that it is told of."""
+    flags = ["--reward", "vlm", "--prompt", "a \N{ROBOT FACE} standing", "--total-timesteps", "400"]
+    process = start(*small, *flags, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    while "task:" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert Path("runs/run/eval.json").exists()
+
+
+def test_a_policy_is_evaluated_with_the_networks_it_has(copy):
+    with pytest.raises(SystemExit, match="--normalize is part of the policy"):
+        sac_vlmrm.main(["--evaluate", "runs/run", "--no-normalize"])
+    saved = json.loads((copy / "args.json").read_text())
+    del saved["args"]["mirror"]
+    (copy / "args.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit, match="not a run folder of this version"):
+        sac_vlmrm.main(["--evaluate", "runs/run"])
+
+
 class Malice:
     """A pickle that makes a file when it is loaded the unsafe way."""
 
@@ -555,6 +585,9 @@ BAD = [
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
     ([*KNEEL, "--image-size", "100000"], "--image-size"),
     ([*KNEEL, "--seed", "-1"], "--seed"),
+    ([*KNEEL, "--seed", str(10**20)], "--seed"),
+    ([*KNEEL, "--run-name", "a" * 300], "--run-name"),
+    ([*KNEEL, "--run-name", "caf\udce9"], "--run-name"),
     ([*KNEEL, "--reward-batch-size", "0"], "--reward-batch-size"),
     ([*KNEEL, "--eval-episodes", "0"], "--eval-episodes"),
     ([*KNEEL, "--run-name", "taken"], "exists"),
