@@ -280,7 +280,10 @@ def test_what_resume_may_change_is_remembered(copy):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    sac_vlmrm.main(["--resume", "runs/run"])
+    # a process of its own: TensorBoard tells the files of one second apart by the process id alone
+    resumed = start("--resume", "runs/run")
+    printed, _ = resumed.communicate()
+    assert resumed.returncode == 0, printed
     steps = [step for step, _ in scalars(copy)["charts/episodic_return"]]
     assert steps == [200, 400, 600, 800, 1000]
     assert json.loads((copy / "args.json").read_text())["args"]["reward_batch_size"] == 7
