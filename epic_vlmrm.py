@@ -98,7 +98,7 @@ class Args:
     visited: int = 2000  # frames to take from each, spread evenly over what its replay buffer holds
     image_size: int = 0  # height and width of the frames; 0: the largest that one of the VLMs takes
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
-    camera: Literal["modified", "original"] = "modified"  # modified: fixed, in front of the robot
+    camera: Literal["front", "side", "original"] = "front"  # front: the paper's, fixed
     seed: int = 1  # of the generated states
 
     # the report
@@ -255,11 +255,11 @@ def make_frames(args, size, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = {"total": len(source), "unit": "frame", "desc": "drawing", "dynamic_ncols": True}
     frames, labels, qpos = np.empty((len(source), *size, 3), dtype=np.uint8), [], []
-    painter = Painter(size, args.textures, args.camera, machine_limits()[0])
+    painter = Painter(size, args.textures, (args.camera,), machine_limits()[0])
     with closing(painter), tqdm(**bar) as progress:
         tqdm.write(f"renderer: {painter.name}")
         while batch := list(itertools.islice(states, 100)):
-            frames[len(qpos) : len(qpos) + len(batch)] = painter(np.stack(batch))
+            frames[len(qpos) : len(qpos) + len(batch)] = painter(np.stack(batch))[:, 0]
             qpos += batch
             labels.append(np.stack([*goal_states(np.stack(batch)).values()], axis=1))
             progress.update(len(batch))

@@ -4,21 +4,27 @@
 #   "mujoco>=3.17", "tyro>=0.9", "numpy>=2.0", "tensorboard>=2.18", "tqdm>=4.66", "imageio>=2.36",
 #   "imageio-ffmpeg>=0.5"]
 # ///
-"""Teach the MuJoCo humanoid a pose with one sentence: a vision-language model is the reward.
+r"""Teach the MuJoCo humanoid a pose with one sentence: a vision-language model is the reward.
 
 Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for RL", ICLR 2024, with SAC.
 
     python sac_vlmrm.py --prompt "a humanoid robot kneeling"         # 2 CPU cores, offline
-    python sac_vlmrm.py paper --prompt "a humanoid robot kneeling"   # the paper's set-up, on a GPU
+    python sac_vlmrm.py one-gpu --prompt "a humanoid robot kneeling" # a real VLM on one GPU
+    torchrun --nproc-per-node 4 sac_vlmrm.py paper --prompt "a humanoid robot kneeling"
     python sac_vlmrm.py --evaluate runs/RUN_NAME                     # success rate, video
     python sac_vlmrm.py --resume runs/RUN_NAME                       # after a crash or Ctrl-C
+
+With torchrun each rank has robots, an image tower and a replay buffer of its own; their gradients
+are averaged; flags are totals over ranks. On each of two nodes that share a file system:
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        sac_vlmrm.py paper --prompt "a humanoid robot kneeling"
 
 The default VLM, tiny_clip/, was trained on pictures of this simulator: it is not zero-shot. Any of
 open_clip's can replace it, e.g. --clip-model ViT-B-32/laion2b_s34b_b79k
 
 A round of the main loop (Algorithm 1 of the paper) handles one episode of each of N robots:
     collect  physics: obs (N, T+1, O), actions (N, T, A)
-    draw     what the camera sees: frames (N, T, H, W, 3)
+    draw     what V cameras see: frames (N, T, V, H, W, 3)
     score    CLIP compares the frames with the sentence: rewards (N, T)
     learn    into the replay buffer; SAC takes gradient steps on it
 """
@@ -41,6 +47,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+# torchrun starts ranks, one per GPU, and tells each which it is; alone it is rank 0 of 1
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (
+    int(os.environ.get(name, name.endswith("SIZE")))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+)
+if LOCAL_WORLD_SIZE > 1 and Path(f"/dev/nvidia{LOCAL_RANK}").exists():
+    os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(LOCAL_RANK))  # each draws on its own GPU
 # Read when OpenGL is loaded; no window is opened, whatever the shell exports.
 os.environ.pop("PYOPENGL_PLATFORM", None)
 os.environ.setdefault("LP_NUM_THREADS", "0")  # of software OpenGL: Painter has its own threads
@@ -58,6 +71,7 @@ import imageio.v3 as iio
 import mujoco
 import numpy as np
 import open_clip
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -87,7 +101,7 @@ class Args:
     task: str = ""  # whose success to report (see TASKS), if the prompt does not tell
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
-    camera: Literal["modified", "original"] = "modified"  # modified: fixed, in front of the robot
+    camera: tuple[Literal["front", "side", "original"], ...] = ("front",)  # rewards are averaged
     image_size: int = 0  # pixels; 0: the size the VLM takes
     # the run
     seed: int = 1  # of everything random
@@ -119,11 +133,14 @@ class Args:
 
 # A word before the flags stands for flags. `paper`: the numbers of its appendix C, there on four
 # GPUs; the observation, the bootstrap at the time limit and the averaged actor are this file's.
+# `one-gpu`: the default learner with the paper's VLM; its frames fill four batches a round.
 PRESETS = {
+    "one-gpu": "--clip-model ViT-bigG-14/laion2b_s39b_b160k --clip-precision bf16 --num-envs 16 "
+    "--reward-batch-size 400 --gradient-steps 800",
     "paper": "--clip-model ViT-bigG-14/laion2b_s39b_b160k --clip-precision bf16 --num-envs 32 "
     "--reward-batch-size 800 --total-timesteps 10000000 --learning-starts 50000 --alpha 1 "
     "--gradient-steps 100 --buffer-size 1000000 --batch-size 512 --gamma 0.95 --n-step 1 "
-    "--eval-frequency 128000 --no-anneal --no-normalize --no-mirror"
+    "--eval-frequency 128000 --no-anneal --no-normalize --no-mirror",
 }
 MAY_CHANGE = "resume", "device", "total_timesteps", "track", "eval_episodes", "reward_batch_size"
 
@@ -286,10 +303,13 @@ def modify_textures(spec):
     sun.dir, sun.pos, sun.diffuse = [-0.4, 0.3, -1], [1, -1, 4], [0.7] * 3
 
 
+CAMERAS = {"front": 180, "side": 90}  # degrees of azimuth; the paper has the front, which is fixed
+
+
 class Painter:
     """Draws states on several threads, each with its own `mujoco.Renderer` and OpenGL context."""
 
-    def __init__(self, size, textures, camera, num_threads=1):
+    def __init__(self, size, textures, cameras, num_threads=1):
         spec = mujoco.MjSpec.from_file(HUMANOID_XML)
         if textures == "modified":
             modify_textures(spec)
@@ -298,12 +318,13 @@ class Painter:
         quality = spec.visual.quality
         quality.shadowsize = quality.offsamples = 0  # CLIP blurs a frame anyway: no 4x MSAA
         quality.numslices, quality.numstacks = 12, 8  # 28 and 16 cost half of the frame rate
-        self.model, self.size, self.camera = spec.compile(), size, 0  # 0: Gymnasium's, it follows
+        self.model, self.size, self.cameras = spec.compile(), size, []
         self.model.vis.global_.offheight, self.model.vis.global_.offwidth = size
-        if camera == "modified":
-            self.camera = mujoco.MjvCamera()
-            self.camera.distance, self.camera.azimuth, self.camera.elevation = 3.5, 180, -10
-            self.camera.lookat = [0, 0, 1]
+        for name in cameras:
+            camera = mujoco.MjvCamera()
+            camera.distance, camera.azimuth, camera.elevation = 3.5, CAMERAS.get(name, 0), -10
+            camera.lookat = [0, 0, 1]
+            self.cameras.append(camera if name in CAMERAS else 0)  # 0: Gymnasium's, it follows
         self.threads = [ThreadPoolExecutor(1) for _ in range(num_threads)]
         try:
             sizes = [size] * num_threads
@@ -327,21 +348,22 @@ class Painter:
 
     def draw(self, renderer, states, frames):
         data = mujoco.MjData(self.model)
-        for qpos, frame in zip(states, frames):
+        for qpos, views in zip(states, frames):
             data.qpos = qpos
             mujoco.mj_kinematics(self.model, data)
             mujoco.mj_comPos(self.model, data)  # Gymnasium's camera follows the centre of mass
             mujoco.mj_camlight(self.model, data)
-            renderer.update_scene(data, self.camera)
-            renderer.render(out=frame)
+            for camera, frame in zip(self.cameras, views):
+                renderer.update_scene(data, camera)
+                renderer.render(out=frame)
 
     def __call__(self, qpos):
-        """Frames (..., H, W, 3) uint8 of states qpos (..., 24)."""
+        """Frames (..., V, H, W, 3) uint8, one per view, of states qpos (..., 24)."""
         states = qpos.reshape(-1, HUMANOID.nq)
-        frames = np.empty((len(states), *self.size, 3), dtype=np.uint8)
+        frames = np.empty((len(states), len(self.cameras), *self.size, 3), dtype=np.uint8)
         shares = (np.array_split(array, len(self.threads)) for array in (states, frames))
         self.on_threads(self.draw, self.renderers, *shares)
-        return frames.reshape(*qpos.shape[:-1], *self.size, 3)
+        return frames.reshape(*qpos.shape[:-1], *frames.shape[1:])
 
 
 # SUCCESS
@@ -539,30 +561,37 @@ class CLIPReward(nn.Module):
 class MLP(nn.Module):
     """`members` networks evaluated as one: obs (B, 255) [, action (B, 17)] -> (members, B, n_out).
 
-    `scale_obs` standardises by mean and deviation of the first steps (SAC.fit).
+    `scale_obs` standardises by mean and deviation of the first steps (SAC.fit). All weights are one
+    parameter: an Adam step, a moving average or an average over ranks is one operation each.
     """
 
     def __init__(self, members, action_dim, n_out, normalize):
         super().__init__()
         self.scale_obs = nn.BatchNorm1d(255, eps=1e-6, momentum=None, affine=False).eval()
-        self.members, self.normalize, self.layers = members, normalize, nn.ModuleList()
+        self.members, self.shapes, weights = members, [], []
         for fan_in, fan_out in ((255 + action_dim, 256), (256, 256), (256, n_out)):
-            bound = fan_in**-0.5  # as in nn.Linear
-            layer = {"weight": torch.empty(members, fan_in, fan_out).uniform_(-bound, bound)}
-            layer["bias"] = torch.empty(members, 1, fan_out).uniform_(-bound, bound)
-            if normalize and fan_out == 256:
-                layer["gain"] = torch.ones(members, 1, 256)
-                layer["shift"] = torch.zeros(members, 1, 256)
-            self.layers.append(nn.ParameterDict(layer))
+            shapes = [(members, fan_in, fan_out), (members, 1, fan_out)]  # weight, bias
+            weights += [torch.empty(s).uniform_(-(fan_in**-0.5), fan_in**-0.5) for s in shapes]
+            if normalize and fan_out == 256:  # gain and shift of the LayerNorm
+                shapes += [(members, 1, 256)] * 2
+                weights += [torch.ones(shapes[2]), torch.zeros(shapes[3])]
+            self.shapes.append(shapes)
+        self.sizes = [weight.numel() for weight in weights]
+        self.weights = nn.Parameter(torch.cat([weight.flatten() for weight in weights]))
+
+    def layers(self):
+        """Weight, bias [, LayerNorm's gain and shift] of each layer: views of `weights`."""
+        parts = iter(self.weights.split(self.sizes))
+        return [[next(parts).view(shape) for shape in shapes] for shapes in self.shapes]
 
     def forward(self, obs, *action):
         x = torch.cat([self.scale_obs(obs), *action], -1).expand(self.members, -1, -1)
-        for layer in self.layers[:2]:
-            x = torch.baddbmm(layer["bias"], x, layer["weight"])  # (members, B, 256)
-            if self.normalize:  # LayerNorm
-                x = torch.addcmul(layer["shift"], F.layer_norm(x, (256,)), layer["gain"])
-            x = F.relu(x)
-        return torch.baddbmm(self.layers[2]["bias"], x, self.layers[2]["weight"])
+        for i, (weight, bias, *norm) in enumerate(self.layers()):
+            x = torch.baddbmm(bias, x, weight)  # (members, B, fan_out)
+            if norm:
+                x = torch.addcmul(norm[1], F.layer_norm(x, (256,)), norm[0])
+            x = F.relu(x) if i < 2 else x
+        return x
 
 
 class Actor(MLP):
@@ -584,7 +613,7 @@ class Actor(MLP):
     @torch.inference_mode()
     def act(self, obs, sample=True):
         """Actions (N, 17) for observations (N, 255), both numpy: sampled, or the mean."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.layers[0]["weight"].device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.weights.device)
         action, _, mean = self.get_action(obs)
         return (action if sample else mean).cpu().numpy()
 
@@ -601,6 +630,7 @@ class ReplayBuffer:
         shapes = {"obs": (T + 1, 255), "actions": (T, 17), "rewards": (T,)}
         self.data = {key: torch.zeros(episodes, *shapes[key], device=device) for key in shapes}
         self.size, self.total, self.saved = episodes, 0, 0  # total: episodes ever added
+        self.name = f"replay_{RANK}_"
 
     def __len__(self):
         return min(self.total, self.size)
@@ -615,20 +645,21 @@ class ReplayBuffer:
         """A new chunk. Those that the older checkpoint, of `previous_total`, can't need go."""
         rows = torch.arange(max(self.saved, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
-        atomic_save(chunk, folder / f"replay_{self.total:07d}.pt")
+        atomic_save(chunk, folder / f"{self.name}{self.total:07d}.pt")
         self.saved = self.total
-        for path in folder.glob("replay_*.pt"):
-            if int(path.stem[7:]) <= previous_total - self.size:
+        for path in folder.glob(f"{self.name}*.pt"):
+            if int(path.stem.removeprefix(self.name)) <= previous_total - self.size:
                 path.unlink()
 
     def load(self, folder, total):
         """Read the chunks up to `total`; later ones, of a run killed before its checkpoint, go."""
-        for path in sorted(folder.glob("replay_*.pt")):
-            if int(path.stem[7:]) > total:
+        for path in sorted(folder.glob(f"{self.name}*.pt")):
+            end = int(path.stem.removeprefix(self.name))
+            if end > total:
                 path.unlink()
                 continue
             chunk = load_saved(path, self.data)
-            start = int(path.stem[7:]) - len(chunk["rewards"])
+            start = end - len(chunk["rewards"])
             first = start <= max(0, total - self.size)  # the ring needs none before it
             check(
                 first or start == self.total, f"{folder}: the chunk before {path.name} is missing"
@@ -654,11 +685,9 @@ class SAC(nn.Module):
         for net in (self.critics, self.target_critics, self.average_actor):
             net.scale_obs = self.actor.scale_obs
         self.to(device)
-        self.actor_parameters = [*self.actor.parameters(), self.log_alpha]
         adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-        self.q_optimizer = adam(self.critics.parameters())
-        groups = [{"params": self.actor_parameters[:-1]}, {"params": [self.log_alpha]}]
-        self.actor_optimizer = adam(groups)
+        self.q_optimizer = adam([self.critics.weights])
+        self.actor_optimizer = adam([{"params": [p]} for p in (self.actor.weights, self.log_alpha)])
 
     def fit(self, rb):
         """Set the scales of observations and rewards by what the buffer holds."""
@@ -666,6 +695,7 @@ class SAC(nn.Module):
         for scale, x in ((self.actor.scale_obs, obs), (self.scale_reward, rewards[:, None])):
             scale.train()(x)
             scale.eval()
+            average(scale.running_mean, scale.running_var)
 
     def update_critics(self, obs, actions, rewards, next_obs, discount):
         with torch.no_grad():
@@ -677,6 +707,7 @@ class SAC(nn.Module):
         qf1_loss, qf2_loss = (q_values - target).square().mean(1)
         self.q_optimizer.zero_grad()
         (qf1_loss + qf2_loss).backward()
+        average(self.critics.weights.grad)
         self.q_optimizer.step()
         follow(self.target_critics, self.critics, self.args.tau)
         return {"qf1_values": q_values[0], "qf1_loss": qf1_loss, "qf2_loss": qf2_loss}
@@ -688,7 +719,8 @@ class SAC(nn.Module):
         alpha_loss = -(alpha * (log_prob.detach() + target_entropy)).mean()
         self.actor_optimizer.zero_grad()
         # gradients of the critics' weights would cost a third of the time
-        (actor_loss + alpha_loss).backward(inputs=self.actor_parameters)
+        (actor_loss + alpha_loss).backward(inputs=[self.actor.weights, self.log_alpha])
+        average(self.actor.weights.grad, self.log_alpha.grad)
         self.actor_optimizer.step()
         follow(self.average_actor, self.actor, 0.0002)  # the average of some 5000 updates
         return {"actor_loss": actor_loss, "alpha": alpha, "entropy": -log_prob}
@@ -701,7 +733,8 @@ class SAC(nn.Module):
         n_step_rewards = torch.zeros_like(rewards)  # (E, T)
         for k in range(args.n_step):  # fewer at the end of an episode
             n_step_rewards[:, : T - k] += args.gamma**k * rewards[:, k:]
-        shape, half = (args.gradient_steps, args.batch_size), args.mirror * args.batch_size // 2
+        batch_size = args.batch_size // WORLD_SIZE
+        shape, half = (args.gradient_steps, batch_size), args.mirror * batch_size // 2
         mirror_obs, mirror_action = self.mirror
         randint = functools.partial(torch.randint, size=shape, device=obs.device)
         for e, t in zip(randint(len(rb)), randint(T)):
@@ -728,7 +761,15 @@ class SAC(nn.Module):
 
 @torch.no_grad()
 def follow(slow, fast, share):
-    torch._foreach_lerp_([*slow.parameters()], [*fast.parameters()], share)
+    slow.weights.lerp_(fast.weights, share)
+
+
+def average(*tensors):
+    """Average each over the ranks, in place."""
+    if WORLD_SIZE > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= WORLD_SIZE
 
 
 # RUN FOLDER
@@ -791,8 +832,8 @@ def evaluate(play, policy, episodes, seed):
 def film(painter, qpos, success, path):
     """Episodes (E, T) as video at half speed and sheet; green edge: success. Never ends a run."""
     try:
-        frames = painter(qpos)  # (E, T, H, W, 3)
-        edge = np.pad(np.zeros(np.subtract(painter.size, 6), bool), 3, constant_values=True)
+        frames = np.concatenate(np.moveaxis(painter(qpos), 2, 0), axis=3)  # (E, T, H, V W, 3)
+        edge = np.pad(np.zeros(np.subtract(frames.shape[2:4], 6), bool), 3, constant_values=True)
         frames[success[..., None, None] & edge] = (40, 200, 80)
         rows = [np.concatenate(row, axis=1) for row in frames[:, 9::10, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
@@ -838,6 +879,8 @@ def final_evaluation(args, run_dir, play, actor, painter):
 def machine_limits():
     """Cores and bytes of memory that this process may use; in a container, those of its cgroup."""
     cores, memory = min(torch.get_num_threads(), os.cpu_count()), math.inf
+    if LOCAL_WORLD_SIZE > 1:  # torchrun sets OMP_NUM_THREADS=1
+        cores = os.cpu_count()
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for group in (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")):
@@ -846,7 +889,7 @@ def machine_limits():
             cores = min(cores, max(1, int(limit) // int(period[0])))
         elif limit != "max":
             memory = min(memory, int(limit))
-    return cores, memory
+    return max(1, cores // LOCAL_WORLD_SIZE), memory / LOCAL_WORLD_SIZE
 
 
 def parse_args(argv):
@@ -899,8 +942,16 @@ def parse_args(argv):
     if device == "auto":
         device = next((gpu for gpu in there if there[gpu]()), "cpu")
     check(device == "cpu" or there[device](), f"--device {device}: PyTorch sees no such GPU here")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        check(LOCAL_WORLD_SIZE <= gpus, f"{LOCAL_WORLD_SIZE} ranks, but PyTorch sees {gpus} GPUs")
+        torch.cuda.set_device(LOCAL_RANK)
     check(device != "cpu" or args.clip_precision == "fp32", "--clip-precision needs a GPU")
-    needed = args.buffer_size * 4 * (255 + 17 + 1)  # bytes
+    check(WORLD_SIZE == 1 or (device != "mps" and not args.evaluate), "torchrun: only to train")
+    for key in ("num_envs", "batch_size", "buffer_size"):
+        value, flag = getattr(args, key), f"--{key.replace('_', '-')}"
+        check(value % WORLD_SIZE == 0, f"{flag} {value} can't be shared by {WORLD_SIZE} ranks")
+    needed = args.buffer_size // WORLD_SIZE * 4 * (255 + 17 + 1)  # bytes
     memory = torch.cuda.mem_get_info()[0] if device == "cuda" else machine_limits()[1]
     check(needed < 0.9 * memory, f"--buffer-size needs {needed / 1e9:.1f} GB of memory")
     check(not args.track or find_spec("wandb"), "--track needs: pip install wandb")
@@ -912,9 +963,13 @@ def parse_args(argv):
 
 def main(argv=None):
     args, device = parse_args(sys.argv[1:] if argv is None else argv)
-    name = f"humanoid-{args.task or 'prompt'}__sac_vlmrm__{args.seed}__{int(time.time())}"
+    started = [int(time.time())]
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.broadcast_object_list(started)  # one name for all ranks
+    name = f"humanoid-{args.task or 'prompt'}__sac_vlmrm__{args.seed}__{started[0]}"
     run_dir = Path(args.resume or args.evaluate or Path("runs", args.run_name or name))
-    if not (args.resume or args.evaluate):
+    if RANK == 0 and not (args.resume or args.evaluate):
         check(not run_dir.exists(), f"{run_dir} exists: --resume {run_dir}, or another --run-name")
         parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
         check(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} is not writable")
@@ -927,7 +982,10 @@ def main(argv=None):
         options = args.clip_alpha, device, args.clip_precision, args.reward_batch_size
         clip_reward = CLIPReward(args.clip_model, *prompts, *options)
         size = (args.image_size,) * 2 if args.image_size else clip_reward.image_size
-    look, envs = (args.textures, args.camera, threads), VLMHumanoid(args.num_envs, threads)
+    look, envs = (
+        (args.textures, args.camera, threads),
+        VLMHumanoid(args.num_envs // WORLD_SIZE, threads),
+    )
     with closing(Painter(size, *look)) as painter, closing(Painter(large, *look)) as film_painter:
         print(f"renderer: {painter.name}; task: {args.task or 'not in TASKS, so no success rate'}")
         if "llvmpipe" in painter.name and Path("/dev/nvidiactl").exists():
@@ -939,6 +997,7 @@ def main(argv=None):
 def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
     sac, stopping, clock = SAC(args, device), [], []  # clock: when each stage of a round began
+    torch.manual_seed(args.seed + RANK * 2**32)  # all start from the same weights, then differ
     before = f"--resume {run_dir} goes on from the checkpoint before"
 
     def play(policy, seed):
@@ -947,13 +1006,13 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         obs, actions, rewards, infos = collect(envs, policy, seed)
         clock.append(time.perf_counter())
         qpos = obs[:, 1:, :24]
-        frames = painter(qpos) if clip_reward else None  # (N, T, H, W, 3)
+        frames = painter(qpos) if clip_reward else None  # (N, T, V, H, W, 3)
         success = goal_states(qpos)[args.task] if args.task else np.zeros(rewards.shape, bool)
         success &= ~infos["unstable"][:, None]
         clock.append(time.perf_counter())
         if clip_reward:
-            embeddings = clip_reward.embed_images(frames.reshape(-1, *frames.shape[2:]))
-            rewards = clip_reward(embeddings).cpu().numpy().reshape(rewards.shape)
+            embeddings = clip_reward.embed_images(frames.reshape(-1, *frames.shape[3:]))
+            rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1).mean(-1)
         clock.append(time.perf_counter())
         if infos["unstable"].any():
             warn("a simulation blew up and was reset by MuJoCo; its episode counts as no success")
@@ -963,12 +1022,12 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
     if args.evaluate:
         return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
-    rb = ReplayBuffer(args.buffer_size // EPISODE_LENGTH, device)
+    rb = ReplayBuffer(args.buffer_size // EPISODE_LENGTH // WORLD_SIZE, device)
     parts = {"sac": sac, "q_optimizer": sac.q_optimizer, "actor_optimizer": sac.actor_optimizer}
     state = {"global_step": 0, "saved_episodes": 0, "best_return": -math.inf}
 
     def log(scalars):
-        for key, value in scalars.items():
+        for key, value in scalars.items() if writer else ():
             writer.add_scalar(key, value, state["global_step"])
 
     def keep_best():
@@ -989,9 +1048,14 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         """A checkpoint, where all episodes end: nothing of the simulators needs saving."""
         rb.save(run_dir, state["saved_episodes"])
         state["saved_episodes"] = rb.total
-        checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"state": state}
-        checkpoint["rng"] = torch.get_rng_state()
-        checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if device == "cuda" else None
+        rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if device == "cuda" else None]
+        rngs = [rng] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(rngs, rng)  # every rank has saved its episodes now
+        if RANK > 0:
+            return
+        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint |= {"state": state, "rngs": rngs}
         atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
         for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
             old.unlink()
@@ -1000,26 +1064,31 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
         check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
-        saved = load_saved(checkpoints[-1], [*parts, "state", "rng", "cuda_rng"])
+        saved = load_saved(checkpoints[-1], [*parts, "state", "rngs"])
+        ranks = len(saved["rngs"])
+        check(ranks == WORLD_SIZE, f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         state = saved["state"]
-        rb.load(run_dir, state["global_step"] // EPISODE_LENGTH)
-        torch.set_rng_state(saved["rng"])
-        if device == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    except FileExistsError:
-        check(False, f"{run_dir} exists: another run has just taken the name")
-    about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
-    (run_dir / "args.tmp").write_text(json.dumps(about | {"mujoco": mujoco.__version__}, indent=2))
-    os.replace(
-        run_dir / "args.tmp", run_dir / "args.json"
-    )  # also on resume: it may have more steps
+        rb.load(run_dir, state["global_step"] // EPISODE_LENGTH // WORLD_SIZE)
+        rng, cuda_rng = saved["rngs"][RANK]
+        torch.set_rng_state(rng)
+        if device == "cuda" and cuda_rng is not None:
+            torch.cuda.set_rng_state(cuda_rng)
+    if RANK == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        except FileExistsError:
+            check(False, f"{run_dir} exists: another run has just taken the name")
+        about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
+        about["mujoco"] = mujoco.__version__
+        (run_dir / "args.tmp").write_text(json.dumps(about, indent=2))
+        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume: it may have more steps
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the folder is there
     if not args.resume:
         save()  # from now on the run can be resumed
-    if args.track:
+    if args.track and RANK == 0:
         try:
             import wandb
 
@@ -1027,8 +1096,9 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
             wandb.init(config=asdict(args), sync_tensorboard=True, **same)
         except Exception as error:  # unreachable, not logged in, ...
             warn(f"no Weights & Biases: {' '.join(str(error).split())[:200]}")
-    writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
-    if not args.resume:
+    purge_step = state["global_step"] + 1 if args.resume else None
+    writer = SummaryWriter(run_dir, purge_step=purge_step) if RANK == 0 else None
+    if writer and not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
@@ -1042,16 +1112,19 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     if threading.current_thread() is not threading.main_thread():
         signals = []  # which alone may handle them
     handlers = {signum: signal.signal(signum, stop) for signum in signals}
-    total = args.total_timesteps
-    progress = tqdm(total=total, initial=state["global_step"], unit="step", dynamic_ncols=True)
-    while state["global_step"] < total and not stopping:
+    total, robots, stop_now = args.total_timesteps, args.num_envs // WORLD_SIZE, False
+    bar = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
+    progress = tqdm(total=total, initial=state["global_step"], **bar)
+    while state["global_step"] < total and not stop_now:
         # collect, draw, score
         policy = sac.actor.act
         if state["global_step"] < args.learning_starts:
-            policy = functools.partial(random_torques, torch.randn(args.num_envs, 17))
-        obs, actions, rewards, success = play(policy, args.seed * 10**9 + state["global_step"])
+            policy = functools.partial(random_torques, torch.randn(robots, 17))
+        episode_seed = args.seed * 10**9 + state["global_step"] + RANK * robots
+        obs, actions, rewards, success = play(policy, episode_seed)
         rb.add(obs=obs, actions=actions, rewards=rewards)
-        state["global_step"] = global_step = state["global_step"] + rewards.size
+        round_steps = rewards.size * WORLD_SIZE
+        state["global_step"] = global_step = state["global_step"] + round_steps
         # learn
         losses = sac.learn(rb, global_step / total) if global_step >= args.learning_starts else {}
         clock.append(time.perf_counter())
@@ -1062,25 +1135,31 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         log({f"losses/{key}": value for key, value in losses.items()})
         log(dict(zip(("time/collect", "time/draw", "time/score", "time/learn"), seconds)))
         log({"charts/episodic_return": rewards.sum(1).mean()})
-        log({"charts/SPS": rewards.size / sum(seconds)})
+        log({"charts/SPS": round_steps / sum(seconds)})
         if args.task:
             log({"charts/success_rate": success_rate(success)})
             shown["success"] = f"{success_rate(success):.0%}"
         progress.set_postfix(shown, refresh=False)
-        progress.update(rewards.size)
-        due = global_step >= total or global_step % args.eval_frequency < rewards.size
-        pictures = keep_best() if due and losses else None
-        if due or stopping:
-            writer.flush()
+        progress.update(round_steps)
+        due = global_step >= total or global_step % args.eval_frequency < round_steps
+        pictures = keep_best() if due and losses and RANK == 0 else None
+        signalled = torch.tensor(float(len(stopping)), device=device)
+        average(signalled)  # all ranks stop after the same round
+        stop_now = signalled.item() > 0
+        if due or stop_now:
+            if writer:
+                writer.flush()
             save()
         if pictures:
             film(film_painter, *pictures, run_dir / f"video_{global_step:09d}")
     progress.close()
-    if rb.saved < rb.total:  # a signal between the two looks at `stopping`
-        save()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return None
     writer.close()
     summary = None
-    if stopping:
+    if stop_now:
         print(f"stopped at step {state['global_step']}; go on with --resume {run_dir}")
     else:
         for signum in handlers:  # all is saved: --evaluate can do the rest
@@ -1093,7 +1172,13 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
+    if RANK > 0:  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
+    except RuntimeError as error:
+        if WORLD_SIZE == 1 or "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
+            raise
+        sys.exit(f"error: another rank is lost ({str(error)[:200]}); --resume goes on")
     except OSError as error:  # a full disk, most of all
         sys.exit(f"error: {error}. What was saved before is whole; make room, then --resume")

@@ -18,7 +18,7 @@ import sac_vlmrm
 @pytest.fixture(scope="session")
 def painter():
     """One painter for all the tests that only look at hand-made states."""
-    with closing(sac_vlmrm.Painter((64, 64), "modified", "modified")) as painter:
+    with closing(sac_vlmrm.Painter((64, 64), "modified", ("front",))) as painter:
         yield painter
 
 

@@ -21,7 +21,7 @@ from sac_vlmrm import (
     mirror_image,
 )
 
-LOOKS = [(t, c) for t in ("modified", "original") for c in ("modified", "original")]
+LOOKS = [(t, (c,)) for t in ("modified", "original") for c in ("front", "side", "original")]
 OBS = {
     "terminate_when_unhealthy": False,
     "exclude_current_positions_from_observation": False,
@@ -178,7 +178,7 @@ def test_mirror_image_is_seen_in_the_mirrored_frame_and_judged_alike(task, paint
     poses = [*goal.values(), *near_misses.values()]
     qpos = np.stack([qpos_of(HUMANOID, pose | {"yaw": 30}) for pose in poses])
     mirrored = mirrored_qpos(qpos)
-    for frame, other in zip(painter(qpos).astype(int), painter(mirrored).astype(int)):
+    for frame, other in zip(*(painter(x)[:, 0].astype(int) for x in (qpos, mirrored))):
         flipped = frame[:, ::-1]
         # where left and right differ by more than the wood's grain
         robot = np.abs(frame - flipped).max(2) > 60
@@ -212,25 +212,26 @@ def test_same_state_same_frame(painter, states):
     """Whatever was drawn before, by this painter or by others in the process."""
     stand, kneel = qpos_of(HUMANOID, STAND), qpos_of(HUMANOID, KNEEL)
     first = painter(stand)
-    assert first.shape == (64, 64, 3) and first.dtype == np.uint8
+    assert first.shape == (1, 64, 64, 3) and first.dtype == np.uint8
     assert (painter(kneel) != first).any()
-    with closing(Painter((64, 64), "modified", "modified")) as other:
+    with closing(Painter((64, 64), "modified", ("front",))) as other:
         other(states)
-        with closing(Painter((30, 40), "original", "original")) as third:
+        with closing(Painter((30, 40), "original", ("original",))) as third:
             third(kneel)
             assert (other(stand) == first).all() and (painter(stand) == first).all()
         assert (other(stand) == first).all() and (painter(stand) == first).all()
     assert (painter(np.stack([kneel, stand]))[1] == first).all()
 
 
-@pytest.mark.parametrize("textures, camera", [("modified", "modified"), ("original", "original")])
-def test_two_threads_draw_bit_for_bit_what_one_draws(textures, camera, states):
-    with closing(Painter((40, 56), textures, camera, 1)) as one:
+@pytest.mark.parametrize("textures", ["modified", "original"])
+@pytest.mark.parametrize("cameras", [("front",), ("side", "original", "front")], ids=len)
+def test_two_threads_draw_bit_for_bit_what_one_draws(textures, cameras, states):
+    with closing(Painter((40, 56), textures, cameras, 1)) as one:
         expected = one(states)
         one_by_one = np.stack([one(qpos) for qpos in states.reshape(-1, 24)])
-    assert expected.shape == (2, 5, 40, 56, 3)
+    assert expected.shape == (2, 5, len(cameras), 40, 56, 3)
     np.testing.assert_array_equal(one_by_one.reshape(expected.shape), expected)
-    with closing(Painter((40, 56), textures, camera, 2)) as two:
+    with closing(Painter((40, 56), textures, cameras, 2)) as two:
         np.testing.assert_array_equal(two(states), expected)
         np.testing.assert_array_equal(two(states[0, 0]), expected[0, 0])  # fewer than threads
         np.testing.assert_array_equal(two(states[:, :3]), expected[:, :3])
@@ -264,23 +265,31 @@ def test_original_look_is_gymnasiums(looks, states):
         plain.unwrapped.set_state(qpos, np.zeros(23))
         frame = plain.render().astype(int)
         distance = {look: np.abs(painter(qpos) - frame).mean() for look, painter in looks.items()}
-        assert distance.pop(("original", "original")) < 3 < 10 < min(distance.values())
+        assert distance.pop(("original", ("original",))) < 3 < 10 < min(distance.values())
     plain.close()
 
 
 @pytest.mark.parametrize("textures", ["modified", "original"])
-def test_modified_camera_is_the_papers(looks, textures):
-    camera = looks[textures, "modified"].camera
+def test_front_camera_is_the_papers(looks, textures):
+    [camera] = looks[textures, ("front",)].cameras
     assert (camera.distance, camera.elevation, camera.azimuth) == (3.5, -10, 180)
     assert camera.lookat.tolist() == [0, 0, 1]
 
 
-def test_modified_camera_stays_and_original_camera_follows_the_robot(looks):
+def test_several_views_are_what_each_camera_sees_alone(looks, states):
+    views = "side", "original", "front"
+    with closing(Painter((48, 48), "modified", views)) as painter:
+        together = np.moveaxis(painter(states), 2, 0)  # (V, 2, 5, H, W, 3)
+    for view, frames in zip(views, together):
+        np.testing.assert_array_equal(frames, looks["modified", (view,)](states)[:, :, 0])
+
+
+def test_front_camera_stays_and_original_camera_follows_the_robot(looks):
     """3 m further back the robot looks as large to the original camera, and much smaller to the
-    modified one."""
+    one in front."""
     ratio = {}
-    for camera in ("modified", "original"):
-        painter, pixels = looks["modified", camera], []
+    for camera in ("front", "original"):
+        painter, pixels = looks["modified", (camera,)], []
         model = painter.model
         reflectance, rgba = model.mat_reflectance.copy(), model.geom_rgba.copy()
         model.mat_reflectance[:] = 0  # the mirror image is not the robot
@@ -293,4 +302,4 @@ def test_modified_camera_stays_and_original_camera_follows_the_robot(looks):
             model.geom_rgba[:] = rgba
         ratio[camera] = pixels[1] / pixels[0]
         model.mat_reflectance[:] = reflectance
-    assert 0.9 < ratio["original"] < 1.1 and ratio["modified"] < 0.5
+    assert 0.9 < ratio["original"] < 1.1 and ratio["front"] < 0.5

@@ -323,9 +323,9 @@ def test_frames_are_labelled_and_every_task_has_goal_states(study):
     for state, label in zip(qpos, labels):
         goals = sac_vlmrm.goal_states(state)
         assert [bool(goals[task]) for task in sac_vlmrm.TASKS] == label.tolist()
-    with closing(sac_vlmrm.Painter((48, 48), "modified", "modified")) as painter:
+    with closing(sac_vlmrm.Painter((48, 48), "modified", ("front",))) as painter:
         for i in range(0, 68, 7):
-            assert np.array_equal(painter(qpos[i]), frames[i])
+            assert np.array_equal(painter(qpos[i])[0], frames[i])
     assert source.tolist() == ["generated"] * 60 + ["my_run"] * 8
     kneeling, standing = (list(sac_vlmrm.TASKS).index(task) for task in ("kneeling", "standing"))
     assert labels[60:, kneeling].tolist() == [True] * 4 + [False] * 4  # the whole run, in order

@@ -66,9 +66,9 @@ def leaves(path):
     return torch.utils._pytree.tree_leaves(torch.load(path, weights_only=True))
 
 
-def assert_same(one, other):
-    """Two runs agree bit for bit in the last checkpoint, the replay buffer, the best policy, and in
-    all they logged, timings aside."""
+def assert_same(one, other, ranks=1):
+    """Two runs agree bit for bit in the last checkpoint, the replay buffer (rank 0's), the best
+    policy, and in all they logged, timings aside."""
     assert checkpoints(one)[-1].name == checkpoints(other)[-1].name
     for name in ("best.pt", checkpoints(one)[-1].name):
         a, b = leaves(one / name), leaves(other / name)
@@ -76,7 +76,8 @@ def assert_same(one, other):
         assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b)), name
     buffers = [sac_vlmrm.ReplayBuffer(4, "cpu") for _ in range(2)]
     for buffer, run in zip(buffers, (one, other)):
-        buffer.load(run, int(checkpoints(one)[-1].stem[11:]) // sac_vlmrm.EPISODE_LENGTH)
+        steps = int(checkpoints(one)[-1].stem[11:])
+        buffer.load(run, steps // sac_vlmrm.EPISODE_LENGTH // ranks)
     assert all(torch.equal(ring, buffers[1].data[key]) for key, ring in buffers[0].data.items())
     assert scalars(one) == scalars(other)
 
@@ -164,7 +165,7 @@ def test_what_a_run_logs(whole):
 
 def buffer_of(run):
     """The 400 steps that the ring holds at the end: obs, actions, rewards of two rounds."""
-    chunk = torch.load(run / "replay_0000008.pt", weights_only=True)
+    chunk = torch.load(run / "replay_0_0000008.pt", weights_only=True)
     return chunk["obs"].numpy(), chunk["actions"].numpy(), chunk["rewards"]
 
 
@@ -173,8 +174,8 @@ def test_rewards_land_at_the_right_transition(whole, clip_folder):
     wrote there: for the state after the step."""
     obs, _, expected = buffer_of(whole[0])
     clip_reward = sac_vlmrm.CLIPReward(clip_folder, (STANDING[1],), ("a humanoid robot",))
-    with closing(sac_vlmrm.Painter((48, 48), "modified", "modified")) as painter:
-        frames = painter(obs[:, 1::7, :24])
+    with closing(sac_vlmrm.Painter((48, 48), "modified", ("front",))) as painter:
+        frames = painter(obs[:, 1::7, :24])[:, :, 0]
     rewards = clip_reward(clip_reward.embed_images(frames.reshape(-1, 48, 48, 3)))
     # The buffer's states are rounded to float32: in some frames a pixel at an edge turns out one
     # shade off, worth up to 2.4e-5.
@@ -197,7 +198,7 @@ def test_the_buffer_holds_what_the_robots_did(whole):
 def test_ground_truth_is_gymnasiums_reward(tmp_path):
     """In a run that draws nothing but its films."""
     sac_vlmrm.main([*RUNNING, "--total-timesteps", "400"])
-    chunk = torch.load("runs/run/replay_0000004.pt", weights_only=True)
+    chunk = torch.load("runs/run/replay_0_0000004.pt", weights_only=True)
     queue = iter(chunk["actions"][2:].numpy().swapaxes(0, 1))
     rewards = sac_vlmrm.collect(sac_vlmrm.VLMHumanoid(2), lambda obs: next(queue), 10**9 + 200)[2]
     np.testing.assert_array_equal(rewards.astype(np.float32), chunk["rewards"][2:].numpy())
@@ -458,7 +459,7 @@ def test_neither_ffmpeg_nor_a_tracker_is_worth_a_run(undisturbed, whole):
 # faults
 def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(whole, copy, tmp_path):
     before, last = checkpoints(copy)
-    chunk = copy / "replay_0000008.pt"
+    chunk = copy / "replay_0_0000008.pt"
     intact = last.read_bytes()
     malice = pickle.dumps(Malice(tmp_path / "run_by_pickle"))
     for path, content in ((last, intact[: len(intact) // 2]), (last, malice), (chunk, b"")):

@@ -44,14 +44,14 @@ def test_two_critics_in_one_equal_two_of_pytorchs_layers(normalize):
     x = torch.cat([obs, actions], -1)
     for member in range(2):
         layers = []
-        for i, layer in enumerate(critics.layers):
-            layers.append(nn.Linear(*layer["weight"].shape[1:]))
-            layers[-1].weight.data = layer["weight"][member].T
-            layers[-1].bias.data = layer["bias"][member, 0]
+        for i, (weight, bias, *norm) in enumerate(critics.layers()):
+            layers.append(nn.Linear(*weight.shape[1:]))
+            layers[-1].weight.data = weight[member].T
+            layers[-1].bias.data = bias[member, 0]
             if normalize and i < 2:
                 layers.append(nn.LayerNorm(256))
-                layers[-1].weight.data = layer["gain"][member, 0]
-                layers[-1].bias.data = layer["shift"][member, 0]
+                layers[-1].weight.data = norm[0][member, 0]
+                layers[-1].bias.data = norm[1][member, 0]
             layers += [nn.ReLU()] * (i < 2)
         expected = nn.Sequential(*layers)(x)
         torch.testing.assert_close(together[member], expected, rtol=1e-5, atol=1e-5)
@@ -61,13 +61,13 @@ def test_two_critics_in_one_equal_two_of_pytorchs_layers(normalize):
 def test_start_is_pytorchs_own():
     """Weights and biases are uniform in +-1/sqrt(fan-in), each critic has its own."""
     torch.manual_seed(0)
-    for layer, fan_in in zip(SAC(Args(), "cpu").critics.layers, (272, 256, 256)):
+    layers = SAC(Args(), "cpu").critics.layers()
+    for (weight, bias, *_), fan_in in zip(layers, (272, 256, 256), strict=True):
         reference = nn.Linear(fan_in, 4096)
         std = reference.weight.std().item()
-        assert layer["weight"].std().item() == pytest.approx(std, rel=0.1)
-        assert layer["weight"].abs().max() <= fan_in**-0.5
-        assert layer["bias"].abs().max() <= fan_in**-0.5
-        assert (layer["weight"][0] != layer["weight"][1]).all()
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+        assert weight.abs().max() <= fan_in**-0.5 and bias.abs().max() <= fan_in**-0.5
+        assert (weight[0] != weight[1]).all()
 
 
 def test_log_probability_is_that_of_a_squashed_gaussian():
@@ -104,11 +104,10 @@ def test_sampled_actions_are_distributed_as_their_log_probability_says():
 
 
 def test_follow_is_an_exponential_average():
-    slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
-    expected = [0.9 * s + 0.1 * f for s, f in zip(slow.parameters(), fast.parameters())]
+    slow, fast = Actor(True), Actor(True)
+    expected = 0.9 * slow.weights + 0.1 * fast.weights
     follow(slow, fast, 0.1)
-    for parameter, value in zip(slow.parameters(), expected):
-        torch.testing.assert_close(parameter, value)
+    torch.testing.assert_close(slow.weights, expected)
 
 
 # replay buffer
@@ -243,7 +242,7 @@ def test_update_of_the_actor_leaves_the_critics_alone_and_tunes_the_entropy():
         losses = sac.update_actor(torch.randn(64, 255), target_entropy)
         assert (sac.log_alpha.item() > alpha) == rises
         assert all(torch.equal(p, q) for p, q in zip(sac.critics.parameters(), critics))
-        assert all(p.grad is None for p in sac.critics.parameters())
+        assert sac.critics.weights.grad is None
         assert any((p != q).any() for p, q in zip(sac.actor.parameters(), actor))
         assert losses["alpha"].item() == pytest.approx(0.1)
 

@@ -17,8 +17,8 @@ KNEELING, BASELINE = "a humanoid robot kneeling", ("a humanoid robot",)
 @pytest.fixture(scope="module")
 def draw():
     """Frames (n, 96, 96, 3) of poses."""
-    with closing(sac_vlmrm.Painter((96, 96), "modified", "modified")) as painter:
-        yield lambda poses: painter(np.stack([qpos_of(sac_vlmrm.HUMANOID, p) for p in poses]))
+    with closing(sac_vlmrm.Painter((96, 96), "modified", ("front",))) as painter:
+        yield lambda poses: painter(np.stack([qpos_of(sac_vlmrm.HUMANOID, p) for p in poses]))[:, 0]
 
 
 def reward_of(prompt, frames):

@@ -608,8 +608,8 @@ def make_chunk(job):
         positions.append(np.concatenate(parts))
     labels = np.stack([*sac_vlmrm.goal_states(qpos).values()], axis=1)  # only for the report
     size = image_size, image_size
-    with closing(sac_vlmrm.Painter(size, "modified", "modified")) as painter:
-        return painter(qpos), concepts, np.stack(positions).astype(np.float32), labels
+    with closing(sac_vlmrm.Painter(size, "modified", ("front",))) as painter:
+        return painter(qpos)[:, 0], concepts, np.stack(positions).astype(np.float32), labels
 
 
 # TRAINING
