@@ -1105,7 +1105,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     def stop(signum, _):
         stopping.append(signum)
         tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more: at once")
-        signal.signal(signum, signal.SIG_DFL)
+        if WORLD_SIZE == 1:  # torchrun passes on what a terminal has sent to every rank already
+            signal.signal(signum, signal.SIG_DFL)
 
     signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
     signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
