@@ -9,6 +9,7 @@
 Method: Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for Reinforcement
 Learning", ICLR 2024, section 4.4.
 
+    python epic_vlmrm.py --glance                                  # look before you train: below
     python epic_vlmrm.py                                           # tiny CLIP, offline
     python epic_vlmrm.py --clip-model ViT-L-14/laion2b_s32b_b82k   # another; repeat to compare
     python epic_vlmrm.py --run runs/RUN_NAME                       # also on states a run visited
@@ -20,6 +21,11 @@ The truth is 1 in goal states and 0 elsewhere, decided by geometry (goal_states 
 With rho the correlation of the VLM's reward with it over all frames, the distance is
 sqrt(1 - rho) / sqrt(2): 0 perfect, 0.707 unrelated, 1 inverted. It depends on the frames, so
 compare only what was measured on the same ones.
+
+--glance takes seconds: how every task's prompt, and every --prompt, rewards (alpha 0) a hand-made
+frame per posture, as numbers on a picture and as a sentence of verdict. It leaves glance.png,
+glance.md and glance.json in --out, and the frames in glance_HEIGHTxWIDTH, a folder for --frames,
+with --glance or without, on any machine: without OpenGL, too.
 
 A labels.csv starts with a line like `file,kneeling,a robot waving`: the PNG's name, then a column
 per task, named as in sac_vlmrm.py or by its prompt. Below it stands a line per PNG with 1 (goal
@@ -50,12 +56,14 @@ import torch  # before OpenGL: the other order segfaults
 
 import imageio.v3 as iio
 import numpy as np
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 import sac_vlmrm
 from sac_vlmrm import (
+    HUMANOID,
     TASKS,
     CLIPReward,
     Painter,
@@ -70,7 +78,9 @@ from sac_vlmrm import (
 os.environ["MPLBACKEND"] = "agg"  # read by matplotlib: files, no windows, whatever a notebook says
 
 import matplotlib
+import mujoco  # after sac_vlmrm.py, which says how it draws
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 TASK_OF = {prompt: task for task, prompt in TASKS.items()}
 Several = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # a flag that may be repeated
@@ -78,6 +88,8 @@ Several = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # a flag that m
 
 @dataclass
 class Args:
+    glance: bool = False  # only ask every prompt for its reward of some fifteen postures
+
     # the reward models
     clip_model: Several = ()  # as in sac_vlmrm.py; repeat to compare. local-dir:tiny_clip if none
     clip_alpha: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # goal-baseline regularisation
@@ -87,7 +99,8 @@ class Args:
 
     # the question
     task: Several = ()  # what to score; if none, every task that the frames are labelled for
-    prompt: Several = ()  # instead of the paper's for one --task; several are averaged
+    # instead of the paper's for one --task; several are averaged. With --glance: rows of their own
+    prompt: Several = ()
     compare_prompt: Several = ()  # another wording for one --task, scored on its own
     baseline_prompt: Several = ()  # several are averaged; "a humanoid robot" if none
 
@@ -245,6 +258,10 @@ def visited_states(run, count):
     return qpos[np.linspace(0, len(qpos) - 1, min(count, len(qpos))).round().astype(int)]
 
 
+def painter_of(args, size):
+    return Painter(size, args.textures, (args.camera,), machine_limits()[0])
+
+
 def make_frames(args, size, path):
     """Draw and label all states, and save frames (N, H, W, 3) uint8, labels (N, T) bool,
     qpos (N, 24), source (N,)."""
@@ -255,8 +272,7 @@ def make_frames(args, size, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = {"total": len(source), "unit": "frame", "desc": "drawing", "dynamic_ncols": True}
     frames, labels, qpos = np.empty((len(source), *size, 3), dtype=np.uint8), [], []
-    painter = Painter(size, args.textures, (args.camera,), machine_limits()[0])
-    with closing(painter), tqdm(**bar) as progress:
+    with closing(painter_of(args, size)) as painter, tqdm(**bar) as progress:
         tqdm.write(f"renderer: {painter.name}")
         while batch := list(itertools.islice(states, 100)):
             frames[len(qpos) : len(qpos) + len(batch)] = painter(np.stack(batch))[:, 0]
@@ -286,7 +302,8 @@ def load_frames(path):
     frame (N,)."""
     path, keys = Path(path), ("frames", "labels", "tasks", "source")
     if path.is_dir():
-        return load_pictures(path)
+        frames, labels, names = load_pictures(path)
+        return frames, labels, np.full(len(names), path.name)
     wrong = f"--frames {path} is not a frames file of this script"
     try:
         file = np.load(path)
@@ -299,7 +316,7 @@ def load_frames(path):
 
 
 def load_pictures(folder):
-    """The same from a folder of PNGs and its labels.csv."""
+    """The same from a folder of PNGs and its labels.csv, but the name of each frame."""
     table = folder / "labels.csv"
     check(table.is_file(), f"--frames {folder}: there is no labels.csv in it")
     with open(table, newline="", encoding="utf-8-sig") as file:
@@ -320,8 +337,8 @@ def load_pictures(folder):
     labels = np.array([row[1:] for row in rows]) == "1"
     names = [TASK_OF.get(name, name) for name in head[1:]]
     check(len(set(names)) == len(names), f"{table}: two columns label the same task")
-    source = np.full(len(frames), folder.name)
-    return frames, {name: labels[:, i] for i, name in enumerate(names)}, source
+    labels = {name: labels[:, i] for i, name in enumerate(names)}
+    return frames, labels, [row[0].removesuffix(".png") for row in rows]
 
 
 def fingerprint(frames):
@@ -329,6 +346,12 @@ def fingerprint(frames):
     for frame in frames:
         digest.update(repr(frame.shape).encode() + np.ascontiguousarray(frame).tobytes())
     return digest.hexdigest()[:12]
+
+
+def cache_file(args, name, frames_key):
+    """Where a VLM's embeddings of these frames are kept."""
+    file_name = f"{for_files(name)}_{args.clip_precision}_{frames_key}.pt"
+    return Path(args.out) / "embeddings" / file_name
 
 
 # REPORT
@@ -350,6 +373,17 @@ def distances(scorer, embeddings, rows, labels, args):
     return epic, reasons
 
 
+def table(header, lines):
+    """A markdown table, padded to read well in a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *lines)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    text = ""
+    for first, *others in [header, rule, *lines]:
+        cells = first.ljust(widths[0]), *map(str.rjust, others, widths[1:])
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
 def report(result, goal_counts):
     """One VLM's distances as a markdown table, padded to read well in a terminal, and why some are
     missing."""
@@ -359,13 +393,9 @@ def report(result, goal_counts):
         [name, goal_counts.get(name, ""), *("-" if v is None else f"{v:.3f}" for v in row.values())]
         for name, row in result["epic"].items()
     ]
-    widths = [max(map(len, column)) for column in zip(header, *lines)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     size, image_size = (f"{result[key] / 1e6:.3g}M" for key in ("parameters", "image_parameters"))
     text = f"**{result['name']}** ({size} parameters, {image_size} of them in the image tower)\n\n"
-    for first, *others in [header, rule, *lines]:
-        cells = first.ljust(widths[0]), *map(str.rjust, others, widths[1:])
-        text += f"| {' | '.join(cells)} |\n"
+    text += table(header, lines)
     notes = [f"- {name}: no distance, {why}\n" for name, why in result["no_distance"].items()]
     return text + "".join(["\n", *notes] if notes else [])
 
@@ -489,6 +519,180 @@ def picture(plot, *arguments):
         warn(f"no {arguments[-1].name}: {first_line(error)}")
 
 
+# GLANCE
+# Angles in degrees, left and right alike where no side is named. Zero is the model's own rest pose,
+# on straight legs; `pitch` tilts the whole robot forward, `roll` to its right.
+DOWN = {"shoulder1": -10, "shoulder2": 60, "elbow": -85}  # arms hanging at the sides
+UP = {"shoulder1": 60, "shoulder2": -20, "elbow": -80}
+STAND = {"knee": -2, **DOWN}
+POSTURES = {
+    # a goal state of each task, in their order
+    "kneeling": {"knee": -95, **DOWN},
+    "lotus": {"hip_x": 5, "hip_z": -60, "hip_y": -80, "knee": -160, "abdomen_y": -60, **DOWN},
+    "standing": STAND,
+    "both arms raised": {**STAND, **UP},
+    "side splits": {"hip_x": -10, "hip_z": -60, "hip_y": -75, "knee": -2, "abdomen_y": -15, **DOWN},
+    "hands on hips": {**STAND, "shoulder1": -47, "shoulder2": 75, "elbow": -12},
+    "arms crossed": {**STAND, "shoulder1": -57, "shoulder2": -2, "elbow": -24},
+    "on one leg": {**STAND, "left_hip_y": -70, "left_knee": -90},
+    # what they are mistaken for
+    "on one knee": {
+        **{"left_hip_y": -95, "left_knee": -90, "right_hip_y": -5, "right_knee": -100, **DOWN}
+    },
+    "crouching": {"hip_x": -5, "hip_y": -90, "knee": -120, "pitch": 20, **DOWN},
+    "sitting": {"hip_x": -5, "hip_y": -95, "knee": -5, **DOWN},
+    "one arm raised": {**STAND, **{f"left_{joint}": angle for joint, angle in UP.items()}},
+    "hands behind the back": {**STAND, "shoulder1": -57, "shoulder2": 70, "elbow": -48},
+    "falling to the side": {**STAND, "roll": 45, "shoulder1": 10, "shoulder2": 0},
+    "lying on its side": {**STAND, "roll": 90, "hip_y": -15, "knee": -30},
+}
+
+
+def state_of(posture):
+    """qpos (24,) of a posture, with its lowest point on the floor."""
+    data, floor = mujoco.MjData(HUMANOID), HUMANOID.geom("floor").id
+    tilt = np.radians([posture.get("pitch", 0), posture.get("roll", 0)])
+    mujoco.mju_euler2Quat(data.qpos[3:7], [0, *tilt], "zyx")
+    for i in range(1, HUMANOID.njnt):  # after the free one
+        name = HUMANOID.joint(i).name
+        degrees = posture.get(name, posture.get(name.partition("_")[2], 0))
+        mirrored = name.startswith("right_shoulder")  # turns in the opposite sense
+        data.joint(i).qpos = np.radians(-degrees if mirrored else degrees)
+    data.qpos[2] = 3
+    mujoco.mj_kinematics(HUMANOID, data)
+    body = [geom for geom in range(HUMANOID.ngeom) if geom != floor]
+    gaps = [mujoco.mj_geomDistance(HUMANOID, data, floor, geom, 10, None) for geom in body]
+    data.qpos[2] -= min(gaps)
+    return data.qpos.copy()
+
+
+def draw_postures(args, size):
+    """A folder for --frames: a PNG per posture, drawn as in training, and which tasks' goal states
+    they are."""
+    folder = Path(args.out) / "glance_{}x{}".format(*size)
+    qpos = np.stack([state_of(posture) for posture in POSTURES.values()])
+    with closing(painter_of(args, size)) as painter:
+        frames = painter(qpos)[:, 0]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, frame in zip(POSTURES, frames):
+        iio.imwrite(folder / f"{name}.png", frame)
+    files, labels = (f"{name}.png" for name in POSTURES), goal_states(qpos)
+    rows = zip(files, *(labels[task].astype(int) for task in TASKS))
+    with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["file", *TASKS], *rows])
+    return folder
+
+
+def judge(prompts, names, rewards, own):
+    """What to say of rewards (P, N) of frames with these names, if those in `own` (P, N) bool are
+    each prompt's own pose: a line per prompt for the table, and the verdict."""
+    best_own, best_other = (np.where(which, rewards, -np.inf) for which in (own, ~own))
+    margins = best_own.max(1) - best_other.max(1)
+    best_own, best_other = best_own.argmax(1), best_other.argmax(1)
+    asked = own.any(1) & ~own.all(1)
+    check(asked.any(), "no prompt has both a pose of its own and another among the frames")
+    lines = []
+    for i, prompt in enumerate(prompts):
+        pairs = [(names[j], f"{rewards[i, j]:.3f}") for j in (best_own[i], best_other[i])]
+        pairs[0] = pairs[0] if own[i].any() else ("-", "-")
+        lines.append([prompt, *pairs[0], *pairs[1], f"{margins[i]:+.3f}" if asked[i] else "-"])
+    least = np.where(asked, margins, np.inf).argmin()
+    verdict = (
+        f"of {asked.sum()} prompts, {(margins[asked] > 0).sum()} score their own pose highest; "
+        f"the least margin, of '{names[best_own[least]]}' over '{names[best_other[least]]}', "
+        f"is {margins[least]:.3f}"
+    )
+    for i in np.flatnonzero(~own.any(1)):
+        verdict += f"; '{prompts[i]}' scores '{names[best_other[i]]}' highest"
+    share = chance(rewards[asked], own[asked])
+    if share > 0.01 and asked.sum() >= 5:  # fewer have too few exchanges to tell
+        verdict += f"; exchanged at random, they fit as well in {share:.0%} of all cases: "
+        verdict += "it understands nothing"
+    return lines, verdict
+
+
+def chance(rewards, own):
+    """How often prompts exchanged at random fit the frames as well as they do, by the sum of the
+    correlations that EPIC distances are made of."""
+    rewards, own = (
+        F.normalize(values - values.mean(1, keepdim=True))
+        for values in (torch.as_tensor(rewards).double(), torch.as_tensor(own).double())
+    )
+    fit = (rewards @ own.T).numpy()  # (P, P)
+    identity = np.arange(len(fit))
+    exchanged = np.random.default_rng(0).permuted(np.tile(identity, (10_000, 1)), axis=1)
+    return (fit[identity, exchanged].sum(1) > np.trace(fit) - 1e-6).mean()
+
+
+def plot_glance(results, frames, path):
+    """The frames, and below them a block per VLM with its rewards, the darker the higher in a row.
+    A prompt's own pose has a frame, the best one a star. Everything is measured in inches."""
+    names, left, y = results[0]["frames"], 3.2, 0.5
+    wide = 11 * (len(names) + 3)  # characters
+    blocks = [textwrap.wrap(f"{r['name']}: {r['verdict']}.", wide) for r in results]
+    rows = sum(len(result["rewards"]) for result in results)
+    height = y + 1 + 0.36 * rows + sum(0.2 * len(block) + 0.25 for block in blocks)
+    figure = Figure(figsize=(left + len(names) + 0.1, height + 0.1))
+    ax = figure.add_axes((0, 0, 1, 1))
+    legend = "the reward of each frame\nframed: the prompt's own pose\n★: what it scores highest"
+    ax.text(-0.1, y + 0.5, legend, ha="right", va="center", fontsize=9, color="0.4")
+    for x, (name, frame) in enumerate(zip(names, frames)):
+        style = {"ha": "center", "va": "bottom", "fontsize": 9}
+        ax.text(x + 0.5, y - 0.04, textwrap.fill(name, 14), **style)
+        ax.imshow(frame, extent=(x + 0.01, x + 0.99, y + 1, y))
+    y += 1
+    for result, block in zip(results, blocks):
+        ax.text(0.1 - left, y + 0.15, "\n".join(block), va="top", fontsize=10, weight="bold")
+        y += 0.2 * len(block) + 0.25
+        for prompt, rewards in result["rewards"].items():
+            ax.text(-0.1, y + 0.18, textwrap.fill(prompt, 46), ha="right", va="center", fontsize=9)
+            extent, low, high = (0, len(names), y + 0.36, y), min(rewards), max(rewards)
+            shades = {"cmap": "Greens", "vmin": low, "vmax": low + 1.6 * (high - low)}
+            ax.imshow([rewards], extent=extent, **shades)
+            for x, (name, reward) in enumerate(zip(names, rewards)):
+                best, own = reward == high, name in result["own"][prompt]
+                style = {"ha": "center", "va": "center", "weight": "bold" if best else "normal"}
+                ax.text(x + 0.5, y + 0.18, f"{reward:.3f}{' ★' * best}", fontsize=9, **style)
+                if own:
+                    ax.add_patch(Rectangle((x + 0.03, y + 0.03), 0.94, 0.3, fill=False, lw=1.5))
+            y += 0.36
+    ax.set(xlim=(-left, len(names) + 0.1), ylim=(height + 0.1, 0))
+    ax.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def glance(args):
+    """Every prompt against every posture, for one VLM after the other."""
+    out, results, text = Path(args.out), [], ""
+    given = args.frames and load_pictures(Path(args.frames))
+    goal_of = {TASKS.get(task, task): task for task in (given[1] if given else TASKS)}
+    prompts = tuple(dict.fromkeys([*goal_of, *args.prompt]))
+    options = args.device, args.clip_precision, args.reward_batch_size
+    for model, name in name_models(args.clip_model).items():
+        print(f"\n{model}")
+        scorer = Scorer(model, prompts, *options)
+        size = (args.image_size,) * 2 if args.image_size else scorer.image_size
+        frames, labels, names = given or load_pictures(draw_postures(args, size))
+        embeddings = embed_frames(scorer, frames, cache_file(args, name, fingerprint(frames)))
+        rewards = np.stack([scorer.rewards(embeddings, [p], [p], 0.0) for p in prompts])  # (P, N)
+        check(np.isfinite(rewards).all(), f"--clip-model {model}: a reward is not finite")
+        own = np.stack([labels.get(goal_of.get(p), np.zeros(len(names), bool)) for p in prompts])
+        lines, verdict = judge(prompts, names, rewards, own)
+        header = ["prompt", "own pose", "reward", "best other", "reward", "margin"]
+        text += f"**{name}**\n\n{table(header, lines)}\n{name}: {verdict}.\n\n"
+        print(f"\n{table(header, lines)}\n{name}: {verdict}.")
+        result = {"name": name, "clip_model": model, "verdict": verdict, "frames": names}
+        result["rewards"] = dict(zip(prompts, rewards.tolist()))
+        result["own"] = {p: [n for n, o in zip(names, row) if o] for p, row in zip(prompts, own)}
+        results.append(result)
+        (out / "glance.md").write_text(text, encoding="utf-8")
+        numbers = {"args": asdict(args), "vlms": results}
+        (out / "glance.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        picture(plot_glance, results, frames, out / "glance.png")
+    print(f"wrote glance.png, glance.md and glance.json to {out}")
+    return results
+
+
 # MAIN
 def parse_args(argv):
     args = tyro.cli(Args, args=argv)
@@ -500,6 +704,12 @@ def parse_args(argv):
         check(0 <= alpha <= 1, f"alpha {alpha} is not between 0 and 1")
     prompts = args.prompt + args.baseline_prompt + args.compare_prompt
     check(all(prompt.strip() for prompt in prompts), "a prompt is empty")
+    pictures = not args.frames or Path(args.frames).is_dir()
+    check(
+        not args.glance or pictures, "--glance takes a folder of PNGs and a labels.csv as --frames"
+    )
+    elsewhere = args.glance and (args.task or args.compare_prompt or args.run)
+    check(not elsewhere, "--glance asks for all tasks: no --task, --compare-prompt or --run")
     either = "give either --frames, which has its states already, or --run"
     check(not (args.frames and args.run), either)
     enough = args.generated == 0 or args.generated >= 20
@@ -549,6 +759,10 @@ def name_models(models):
     return {model: name if names.count(name) == 1 else model for model, name in zip(models, names)}
 
 
+def for_files(name):
+    return re.sub(r"[^A-Za-z0-9.]+", "_", name)
+
+
 def score_all(args, rows, frames, labels, about):
     """Score one VLM after the other; the report is written anew after each, so that a crash costs
     one at most."""
@@ -561,9 +775,7 @@ def score_all(args, rows, frames, labels, about):
     for model, name in name_models(args.clip_model).items():
         print(f"\n{model}")
         scorer = Scorer(model, prompts, *options)
-        file_name = re.sub(r"[^A-Za-z0-9.]+", "_", name)
-        cache = out / "embeddings" / f"{file_name}_{args.clip_precision}_{frames_key}.pt"
-        embeddings = embed_frames(scorer, frames, cache)
+        embeddings = embed_frames(scorer, frames, cache_file(args, name, frames_key))
         epic, reasons = distances(scorer, embeddings, rows, labels, args)
         result = {"name": name, "clip_model": model, "parameters": scorer.parameter_count}
         result["image_parameters"] = scorer.image_parameters
@@ -576,7 +788,7 @@ def score_all(args, rows, frames, labels, about):
         (out / "epic.json").write_text(json.dumps(numbers, indent=2) + "\n")
         picture(plot_alpha, results, args, out / "epic_alpha.png")
         picture(plot_size, results, args, out / "epic_size.png")
-        histograms = args, name, out / f"histogram_{file_name}.png"
+        histograms = args, name, out / f"histogram_{for_files(name)}.png"
         picture(plot_histograms, scorer, embeddings, rows, labels, *histograms)
     return results
 
@@ -585,6 +797,8 @@ def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     path = args.frames
     try:
+        if args.glance:
+            return glance(args)
         if not path:
             choose_rows(args, TASKS)  # a wrong name should not cost minutes
             size = (args.image_size,) * 2  # (H, W)

@@ -430,16 +430,20 @@ class CLIPReward(nn.Module):
         self.alpha, self.device, self.batch_size = alpha, device, batch_size
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         self.image_size = tuple(np.broadcast_to(self.clip.visual.image_size, 2).tolist())  # (H, W)
-        vocabulary = local_folder(clip_model) / "vocabulary.txt"  # of a model that is not zero-shot
+        taught = local_folder(clip_model) / "sentences.txt"  # of a model that is not zero-shot
         for prompt in goal + (baseline if alpha > 0 else ()):
             if torch.equal(self.tokenizer([prompt]), self.tokenizer([f"{prompt} robot"])):
                 length = self.tokenizer.context_length
                 warn(f'"{prompt}" is longer than the {length} tokens it reads')
-            words = set(prompt.lower().replace(",", " ").split())
-            if vocabulary.is_file() and (
-                words := words - set(vocabulary.read_text(encoding="utf-8").split())
-            ):
-                warn(f"{clip_model}, no zero-shot model, never saw {', '.join(sorted(words))}")
+            if taught.is_file():
+                sentences = taught.read_text(encoding="utf-8").lower().splitlines()
+                known = set(" ".join(sentences).replace(",", " ").split())
+                words = dict.fromkeys(prompt.lower().replace(",", " ").split())
+                if unknown := [word for word in words if word not in known]:
+                    meant = self.embed_prompts([prompt])
+                    nearest = max(sentences, key=lambda text: meant @ self.embed_prompts([text]))
+                    warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
+                         f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
         self.register_buffer("baseline", self.embed_prompts(baseline))  # (D,)
         d = self.goal - self.baseline

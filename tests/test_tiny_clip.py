@@ -56,5 +56,8 @@ def test_reward_sees_pixels_only():
 def test_unknown_words_draw_a_warning(printed):
     load = sac_vlmrm.CLIPReward
     juggling = printed(load, "local-dir:tiny_clip", ("a humanoid robot juggling",), BASELINE)
-    assert juggling.startswith("warning: ") and "never saw juggling" in juggling
+    assert juggling.startswith("warning: ") and "never saw juggling; it" in juggling
+    # a sentence that it was taught, and where to find the others
+    sentences = (ROOT / "tiny_clip" / "sentences.txt").read_text().splitlines()
+    assert "sentences.txt" in juggling and juggling.split('"')[1] in sentences
     assert "warning" not in printed(load, "local-dir:tiny_clip", (KNEELING,), BASELINE)

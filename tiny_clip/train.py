@@ -42,7 +42,7 @@ import mujoco  # after sac_vlmrm.py, which says how it draws
 class Args:
     seed: int = 1  # of the weights and of the order of the frames
     data_seed: int = 1  # of the frames
-    out: Path = HERE  # folder for the model, its configuration, vocabulary.txt and report.json
+    out: Path = HERE  # folder for the model, its configuration, sentences.txt and report.json
     frames: int = 60_000  # humanoid frames
     classic_frames: int = 10_000  # frames of the two classic-control scenes
     passes: float = 9.0  # times every frame is seen
@@ -687,6 +687,11 @@ def train(args, data, model, preprocess, tokenizer):
     return model.eval()
 
 
+def sentences_of(texts):
+    """The wordings of a concept with one of the subjects; the model was taught all of them."""
+    return [text.replace("{s}", SUBJECTS[0]) for text in texts]
+
+
 def save(args, model, config, wordings):
     args.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -696,9 +701,8 @@ def save(args, model, config, wordings):
     for name, value in weights.items():
         weights[name] = value.half().contiguous() if value.is_floating_point() else value
     save_file(weights, args.out / "open_clip_model.safetensors")
-    said = " ".join(text for texts in [*wordings, SUBJECTS] for text in texts)
-    words = set(said.replace("{s}", " ").replace(",", " ").lower().split())
-    (args.out / "vocabulary.txt").write_text("\n".join(sorted(words)) + "\n")
+    sentences = dict.fromkeys(sum(map(sentences_of, wordings), []) + SUBJECTS)
+    (args.out / "sentences.txt").write_text("\n".join(sentences) + "\n")
 
 
 # REPORT
@@ -709,6 +713,21 @@ ATTRIBUTES = ("robot", "toppling", "arms", "hands", "one arm")
 def epic_distance(reward, label):
     """sqrt(1 - rho) / sqrt(2), rho the correlation of reward and label (paper, section 4.4)."""
     return float(np.sqrt(max(0, 1 - np.corrcoef(reward, label)[0, 1]) / 2))
+
+
+@torch.inference_mode()
+def understood(embeddings, concepts, model, tokenizer):
+    """For every sentence: of how many of the ten frames that it scores highest it is true. A rare
+    posture has fewer than ten frames: then of as many as it has."""
+    result = {}
+    for name, texts in CONCEPTS.items():
+        true = torch.tensor([name in of_frame for of_frame in concepts])
+        for sentence in sentences_of(texts):
+            rewards = embeddings @ F.normalize(model.encode_text(tokenizer([sentence]))[0], dim=0)
+            best = rewards.topk(min(10, true.sum().item())).indices
+            result[sentence] = f"{true[best].sum()} of {len(best)}"
+            print(f"  {result[sentence]:8} {sentence}")
+    return result
 
 
 def report(args, tests):
@@ -744,6 +763,7 @@ def report(args, tests):
             result[test]["epic"][task] = {"goal_states": int(label.sum()), **row}
             shown = "  ".join(f"alpha {alpha}: {distance:.3f}" for alpha, distance in row.items())
             print(f"  EPIC {task:14} {label.sum():5} goal states   {shown}")
+        result[test]["sentences"] = understood(embeddings, concepts, model, tokenizer)
     (args.out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
