@@ -769,11 +769,13 @@ def follow(slow, fast, share):
 
 
 def average(*tensors):
-    """Average each over the ranks, in place."""
+    """Average all of them over the ranks, in place."""
     if WORLD_SIZE > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= WORLD_SIZE
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / WORLD_SIZE).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
 
 
 # RUN FOLDER
