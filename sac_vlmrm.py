@@ -82,6 +82,8 @@ from tqdm import tqdm
 
 HUMANOID_XML = f"{Path(gym.__file__).parent}/envs/mujoco/assets/humanoid.xml"
 HUMANOID = mujoco.MjModel.from_xml_path(HUMANOID_XML)
+OBS_DIM = HUMANOID.nq + HUMANOID.nv + 16 * (HUMANOID.nbody - 1)  # 255, see VLMHumanoid
+ACTION_DIM = HUMANOID.nu  # 17
 EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -185,8 +187,8 @@ class VLMHumanoid(gym.vector.VectorEnv):
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}  # all episodes end together
-    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (255,), np.float64)
-    single_action_space = gym.spaces.Box(-0.4, 0.4, (17,))
+    single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float64)
+    single_action_space = gym.spaces.Box(-0.4, 0.4, (ACTION_DIM,))
 
     def __init__(self, num_envs, num_threads=1):
         self.num_envs, self.data = num_envs, mujoco.MjData(HUMANOID)
@@ -571,9 +573,9 @@ class MLP(nn.Module):
 
     def __init__(self, members, action_dim, n_out, normalize):
         super().__init__()
-        self.scale_obs = nn.BatchNorm1d(255, eps=1e-6, momentum=None, affine=False).eval()
+        self.scale_obs = nn.BatchNorm1d(OBS_DIM, eps=1e-6, momentum=None, affine=False).eval()
         self.members, self.shapes, weights = members, [], []
-        for fan_in, fan_out in ((255 + action_dim, 256), (256, 256), (256, n_out)):
+        for fan_in, fan_out in ((OBS_DIM + action_dim, 256), (256, 256), (256, n_out)):
             shapes = [(members, fan_in, fan_out), (members, 1, fan_out)]  # weight, bias
             weights += [torch.empty(s).uniform_(-(fan_in**-0.5), fan_in**-0.5) for s in shapes]
             if normalize and fan_out == 256:  # gain and shift of the LayerNorm
@@ -602,7 +604,7 @@ class Actor(MLP):
     """Tanh-squashed Gaussian policy. Its actions, in [-1, 1], are shares of the largest torque."""
 
     def __init__(self, normalize):
-        super().__init__(1, 0, 2 * 17, normalize)
+        super().__init__(1, 0, 2 * ACTION_DIM, normalize)
 
     def get_action(self, obs):
         """Sampled action (B, 17), its log-probability (B,), and the mean action (B, 17)."""
@@ -631,7 +633,7 @@ class ReplayBuffer:
 
     def __init__(self, episodes, device):
         T = EPISODE_LENGTH
-        shapes = {"obs": (T + 1, 255), "actions": (T, 17), "rewards": (T,)}
+        shapes = {"obs": (T + 1, OBS_DIM), "actions": (T, ACTION_DIM), "rewards": (T,)}
         self.data = {key: torch.zeros(episodes, *shapes[key], device=device) for key in shapes}
         self.size, self.total, self.saved = episodes, 0, 0  # total: episodes ever added
         self.name = f"replay_{RANK}_"
@@ -679,8 +681,8 @@ class SAC(nn.Module):
 
     def __init__(self, args, device):
         super().__init__()
-        self.args, self.mirror = args, mirror_image(device)
-        self.actor, self.critics = Actor(args.normalize), MLP(2, 17, 1, args.normalize)
+        self.args, self.mirror = args, mirror_image(device) if args.mirror else (None, None)
+        self.actor, self.critics = Actor(args.normalize), MLP(2, ACTION_DIM, 1, args.normalize)
         self.scale_reward = nn.BatchNorm1d(1, eps=1e-6, momentum=None, affine=False).eval()
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
         # these follow slowly; the average actor is what is evaluated and kept
@@ -831,7 +833,7 @@ def evaluate(play, policy, episodes, seed):
     results = []
     while sum(len(rewards) for rewards, _, _ in results) < episodes:
         obs, _, rewards, success = play(policy, seed + 1000 * len(results))
-        results.append((rewards, success, obs[:, 1:, :24]))
+        results.append((rewards, success, obs[:, 1:, : HUMANOID.nq]))
     return [np.concatenate(result)[:episodes] for result in zip(*results)]
 
 
@@ -859,8 +861,8 @@ def final_evaluation(args, run_dir, play, actor, painter):
     policies = {
         "mean action": (many, lambda obs: actor.act(obs, sample=False)),
         "sampled action": (many, actor.act),
-        "zero action": (few, lambda obs: np.zeros((len(obs), 17))),
-        "random action": (few, lambda obs: 2 * torch.rand(len(obs), 17).numpy() - 1),
+        "zero action": (few, lambda obs: np.zeros((len(obs), ACTION_DIM))),
+        "random action": (few, lambda obs: 2 * torch.rand(len(obs), ACTION_DIM).numpy() - 1),
     }
     summary, pictures = {"prompt": args.prompt, "task": args.task, "step": best["global_step"]}, []
     print(f"policy of step {best['global_step']}")
@@ -957,7 +959,7 @@ def parse_args(argv):
     for key in ("num_envs", "batch_size", "buffer_size"):
         value, flag = getattr(args, key), f"--{key.replace('_', '-')}"
         check(value % WORLD_SIZE == 0, f"{flag} {value} can't be shared by {WORLD_SIZE} ranks")
-    needed = args.buffer_size // WORLD_SIZE * 4 * (255 + 17 + 1)  # bytes
+    needed = args.buffer_size // WORLD_SIZE * 4 * (OBS_DIM + ACTION_DIM + 1)  # bytes
     memory = torch.cuda.mem_get_info()[0] if device == "cuda" else machine_limits()[1]
     check(needed < 0.9 * memory, f"--buffer-size needs {needed / 1e9:.1f} GB of memory")
     check(not args.track or find_spec("wandb"), "--track needs: pip install wandb")
@@ -1011,7 +1013,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         clock[:] = [time.perf_counter()]
         obs, actions, rewards, infos = collect(envs, policy, seed)
         clock.append(time.perf_counter())
-        qpos = obs[:, 1:, :24]
+        qpos = obs[:, 1:, : HUMANOID.nq]
         frames = painter(qpos) if clip_reward else None  # (N, T, V, H, W, 3)
         success = goal_states(qpos)[args.task] if args.task else np.zeros(rewards.shape, bool)
         success &= ~infos["unstable"][:, None]
@@ -1126,7 +1128,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         # collect, draw, score
         policy = sac.actor.act
         if state["global_step"] < args.learning_starts:
-            policy = functools.partial(random_torques, torch.randn(robots, 17))
+            policy = functools.partial(random_torques, torch.randn(robots, ACTION_DIM))
         episode_seed = args.seed * 10**9 + state["global_step"] + RANK * robots
         obs, actions, rewards, success = play(policy, episode_seed)
         rb.add(obs=obs, actions=actions, rewards=rewards)
