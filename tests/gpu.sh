@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# What there is to measure on a machine with a GPU, in some ten minutes: bash tests/gpu.sh
+# Untested, we had no GPU. A failed step does not stop the next; all is kept in runs/gpu.log.
+set -o pipefail
+cd "$(dirname "$0")/.." && mkdir -p runs
+exec > >(tee runs/gpu.log) 2>&1
+export TQDM_MININTERVAL=20
+
+step() { # title, seconds at most, command
+    echo; echo "== $1 ($SECONDS s since the start)"
+    timeout "$2" bash -c "$3" || echo "== FAILED or out of time: rc $?"
+}
+step "what is there" 60 'nvidia-smi; nproc; python -c "
+import torch, mujoco
+print(torch.cuda.get_device_name(), torch.__version__, mujoco.__version__)"'
+step "the default command, cut to 30,000 steps" 160 \
+    'time python sac_vlmrm.py --prompt "a humanoid robot kneeling" --device cuda \
+        --total-timesteps 30000 --run-name gpu --eval-episodes 40'
+step "resumed up to 34,000" 60 \
+    'time python sac_vlmrm.py --resume runs/gpu --total-timesteps 34000 --eval-episodes 8'
+step "the benchmark" 300 'time python tests/benchmark.py'
+step "three rounds of one-gpu with random weights of ViT-bigG-14" 150 '
+    (cd tests && python -c "import models; models.hollow_weights(\"ViT-bigG-14\", \"/tmp/bigG.pt\")")
+    time python sac_vlmrm.py one-gpu --clip-model ViT-bigG-14//tmp/bigG.pt --run-name bigG \
+        --prompt "a humanoid robot kneeling" --total-timesteps 4800 --learning-starts 1600 \
+        --select-episodes 1 --eval-episodes 1'
