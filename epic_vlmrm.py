@@ -32,7 +32,8 @@ per task, named as in sac_vlmrm.py or by its prompt. Below it stands a line per 
 state) or 0 in each of these columns.
 
 Left in --out: epic.md and epic.json (all numbers), epic_alpha.png, epic_size.png,
-histogram_VLM.png; the frames, to be scored again with other VLMs, elsewhere too; the embeddings,
+histogram_VLM.png; course_RUN_VLM.png, a run's return had it been paid by other sentences or
+alphas; the frames, to be scored again with other VLMs, elsewhere too; the embeddings,
 since each VLM sees each frame only once: another prompt, another alpha or an interrupted run starts
 from them. VLMs whose names differ only in an ending _s1, _s2, ... are training seeds of one recipe:
 the pictures show their mean as a line and each of them as a dot.
@@ -63,6 +64,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also under PYTHONSAFEPATH
 import sac_vlmrm
 from sac_vlmrm import (
+    EPISODE_LENGTH,
     HUMANOID,
     TASKS,
     CLIPReward,
@@ -511,6 +513,28 @@ def plot_histograms(scorer, embeddings, rows, labels, args, name, path):
     finish(figure, axes, path)
 
 
+def course(values):
+    """Means of twentieths of values (N,), or the values if there are fewer."""
+    return [part.mean() for part in np.array_split(values, min(20, len(values)))]
+
+
+def plot_course(scorer, embeddings, rows, labels, args, name, path):
+    """A run's return under other sentences and alphas: of the states it visited, in twentieths from
+    its first to its last, times the steps of an episode. Nothing is drawn or played again."""
+    heading = f"{name}: what {path.stem.partition('_')[2]} would have earned, a plot per sentence"
+    figure, axes = panels(list(rows), heading, "return of an episode", "time in the run")
+    for ax, (task, prompts) in zip(axes, rows.values()):
+        for alpha in args.clip_alpha:
+            rewards = scorer.rewards(embeddings, prompts, args.baseline_prompt, alpha)
+            returns = course(EPISODE_LENGTH * rewards)
+            ax.plot(np.linspace(0, 1, len(returns)), returns, label=f"alpha {alpha:g}")
+        other = ax.twinx()
+        other.plot(np.linspace(0, 1, len(returns)), course(labels[task]), "k:")
+        other.set_ylim(0, 1)
+        ax.plot([], [], "k:", label="share of goal states (right)")
+    finish(figure, axes, path)
+
+
 def picture(plot, *arguments):
     """Call plot(*arguments), the last of which is a path. No picture may cost a number."""
     try:
@@ -763,7 +787,7 @@ def for_files(name):
     return re.sub(r"[^A-Za-z0-9.]+", "_", name)
 
 
-def score_all(args, rows, frames, labels, about):
+def score_all(args, rows, frames, labels, source, about):
     """Score one VLM after the other; the report is written anew after each, so that a crash costs
     one at most."""
     out, results = Path(args.out), []
@@ -790,6 +814,12 @@ def score_all(args, rows, frames, labels, about):
         picture(plot_size, results, args, out / "epic_size.png")
         histograms = args, name, out / f"histogram_{for_files(name)}.png"
         picture(plot_histograms, scorer, embeddings, rows, labels, *histograms)
+        pictures = args.frames and Path(args.frames).is_dir()  # of nobody knows when
+        for run in set() if pictures else set(source) - {"generated"}:
+            mine = source == run
+            of_run = {task: label[mine] for task, label in labels.items()}
+            course = args, name, out / f"course_{for_files(run)}_{for_files(name)}.png"
+            picture(plot_course, scorer, embeddings[mine], rows, of_run, *course)
     return results
 
 
@@ -814,7 +844,7 @@ def main(argv=None):
         )
         about += "EPIC distance: 0 perfect, 0.707 unrelated, 1 inverted.\n"
         print(about, end="")
-        results = score_all(args, choose_rows(args, labels), frames, labels, about)
+        results = score_all(args, choose_rows(args, labels), frames, labels, source, about)
     except OSError as error:
         sys.exit(f"error: --out {args.out}: {error}")
     except KeyboardInterrupt:

@@ -333,6 +333,14 @@ def test_frames_are_labelled_and_every_task_has_goal_states(study):
     assert len(np.unique(qpos[:60].round(6), axis=0)) == 60
 
 
+def test_the_course_of_a_run_is_its_returns_in_order(study):
+    with np.load(study[2]) as file:
+        labels = file["labels"][file["source"] == "my_run"]
+    kneeling = list(sac_vlmrm.TASKS).index("kneeling")
+    assert epic_vlmrm.course(100.0 * labels[:, kneeling]) == [100] * 4 + [0] * 4
+    assert epic_vlmrm.course(np.arange(200)) == [4.5 + 10 * i for i in range(20)]
+
+
 def test_runs_whose_states_can_not_be_read_are_named(tmp_path):
     rb, run = sac_vlmrm.ReplayBuffer(10, "cpu"), tmp_path / "my_run"
     run.mkdir()
@@ -373,7 +381,7 @@ def test_report_and_pictures(study):
     counted = np.load(frames)["labels"].sum(0).astype(str).tolist()
     assert list(numbers["goal_states"].values()) == counted
     pictures = sorted(path.name for path in (folder / "out").glob("*.png"))
-    assert len(pictures) == 4 and pictures[:2] == ["epic_alpha.png", "epic_size.png"]
+    assert len(pictures) == 6 and pictures[2:4] == ["epic_alpha.png", "epic_size.png"]
     for name in pictures:
         picture = iio.imread(folder / "out" / name)[..., :3]
         assert picture.shape[0] > 500 and (picture.min(-1) < 250).mean() > 0.02
