@@ -250,7 +250,8 @@ def visited_states(run, count):
     back than its two checkpoints."""
     qpos = [np.zeros((0, 24))]
     try:
-        for path in sorted(Path(run).glob("replay_*.pt")):
+        chunks = Path(run).glob("replay_*.pt")  # replay_RANK_EPISODES.pt
+        for path in sorted(chunks, key=lambda path: path.stem.split("_")[::-1]):
             obs = torch.load(path, map_location="cpu", weights_only=True)["obs"]  # (E, T+1, 255)
             qpos.append(obs[:, 1:, :24].reshape(-1, 24).double().numpy())
     except Exception as error:  # damaged, or of another version
@@ -518,10 +519,10 @@ def course(values):
     return [part.mean() for part in np.array_split(values, min(20, len(values)))]
 
 
-def plot_course(scorer, embeddings, rows, labels, args, name, path):
+def plot_course(scorer, embeddings, rows, labels, args, name, run, path):
     """A run's return under other sentences and alphas: of the states it visited, in twentieths from
     its first to its last, times the steps of an episode. Nothing is drawn or played again."""
-    heading = f"{name}: what {path.stem.partition('_')[2]} would have earned, a plot per sentence"
+    heading = f"{name}: what the run {run} would have earned, a plot per sentence"
     figure, axes = panels(list(rows), heading, "return of an episode", "time in the run")
     for ax, (task, prompts) in zip(axes, rows.values()):
         for alpha in args.clip_alpha:
@@ -818,8 +819,8 @@ def score_all(args, rows, frames, labels, source, about):
         for run in set() if pictures else set(source) - {"generated"}:
             mine = source == run
             of_run = {task: label[mine] for task, label in labels.items()}
-            course = args, name, out / f"course_{for_files(run)}_{for_files(name)}.png"
-            picture(plot_course, scorer, embeddings[mine], rows, of_run, *course)
+            about_run = args, name, run, out / f"course_{for_files(run)}_{for_files(name)}.png"
+            picture(plot_course, scorer, embeddings[mine], rows, of_run, *about_run)
     return results
 
 

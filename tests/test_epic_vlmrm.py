@@ -341,6 +341,17 @@ def test_the_course_of_a_run_is_its_returns_in_order(study):
     assert epic_vlmrm.course(np.arange(200)) == [4.5 + 10 * i for i in range(20)]
 
 
+def test_states_of_several_ranks_are_read_in_order_of_time(tmp_path):
+    for rank in (0, 1):
+        rb = sac_vlmrm.ReplayBuffer(10, "cpu")
+        rb.name = f"replay_{rank}_"
+        for time in (1.0, 2.0):
+            data = {"obs": (1, 101, 255), "actions": (1, 100, 17), "rewards": (1, 100)}
+            rb.add(**{key: np.full(shape, time) for key, shape in data.items()})
+            rb.save(tmp_path, 0)
+    assert epic_vlmrm.visited_states(tmp_path, 400)[:, 0].tolist() == [1] * 200 + [2] * 200
+
+
 def test_runs_whose_states_can_not_be_read_are_named(tmp_path):
     rb, run = sac_vlmrm.ReplayBuffer(10, "cpu"), tmp_path / "my_run"
     run.mkdir()

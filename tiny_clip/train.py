@@ -772,7 +772,7 @@ def visited_states(runs, count, rng):
     of training."""
     states = []
     for folder in runs:
-        paths = sorted(folder.glob("replay_*.pt"))
+        paths = sorted(folder.glob("replay_*.pt"), key=lambda path: path.stem.split("_")[::-1])
         obs = (torch.load(path, weights_only=True)["obs"] for path in paths)  # (E, T+1, 255)
         qpos = torch.cat([chunk[:, 1:, :24].reshape(-1, 24) for chunk in obs])
         late = rng.integers(len(qpos) // 2, len(qpos), count * 3 // 4)
