@@ -1033,10 +1033,23 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     rb = ReplayBuffer(args.buffer_size // EPISODE_LENGTH // WORLD_SIZE, device)
     parts = {"sac": sac, "q_optimizer": sac.q_optimizer, "actor_optimizer": sac.actor_optimizer}
     state = {"global_step": 0, "saved_episodes": 0, "best_return": -math.inf}
+    robots, round_steps = args.num_envs // WORLD_SIZE, args.num_envs * EPISODE_LENGTH
 
     def log(scalars):
         for key, value in scalars.items() if writer else ():
             writer.add_scalar(key, value, state["global_step"])
+
+    def log_round(rewards, success, losses):
+        shown = {"reward": f"{rewards.mean():.3f}"}
+        log({f"losses/{key}": value for key, value in losses.items()})
+        log(dict(zip(("time/collect", "time/draw", "time/score", "time/learn"), np.diff(clock))))
+        log({"charts/SPS": round_steps / (clock[-1] - clock[0])})
+        log({"charts/episodic_return": rewards.sum(1).mean()})
+        if args.task:
+            log({"charts/success_rate": success_rate(success)})
+            shown["success"] = f"{success_rate(success):.0%}"
+        progress.set_postfix(shown, refresh=False)
+        progress.update(round_steps)
 
     def keep_best():
         """A short evaluation. Is it the best by luck? Twice as many more episodes decide."""
@@ -1068,7 +1081,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
             old.unlink()
 
-    if args.resume:
+    def load():
+        """The latest checkpoint."""
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
         check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
@@ -1077,12 +1091,15 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         check(ranks == WORLD_SIZE, f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        state = saved["state"]
+        state.update(saved["state"])
         rb.load(run_dir, state["global_step"] // EPISODE_LENGTH // WORLD_SIZE)
         rng, cuda_rng = saved["rngs"][RANK]
         torch.set_rng_state(rng)
         if device == "cuda" and cuda_rng is not None:
             torch.cuda.set_rng_state(cuda_rng)
+
+    if args.resume:
+        load()
     if RANK == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -1121,7 +1138,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     if threading.current_thread() is not threading.main_thread():
         signals = []  # which alone may handle them
     handlers = {signum: signal.signal(signum, stop) for signum in signals}
-    total, robots, stop_now = args.total_timesteps, args.num_envs // WORLD_SIZE, False
+    total, stop_now = args.total_timesteps, False
     bar = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
     progress = tqdm(total=total, initial=state["global_step"], **bar)
     while state["global_step"] < total and not stop_now:
@@ -1131,25 +1148,15 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
             policy = functools.partial(random_torques, torch.randn(robots, ACTION_DIM))
         episode_seed = args.seed * 10**9 + state["global_step"] + RANK * robots
         obs, actions, rewards, success = play(policy, episode_seed)
-        rb.add(obs=obs, actions=actions, rewards=rewards)
-        round_steps = rewards.size * WORLD_SIZE
-        state["global_step"] = global_step = state["global_step"] + round_steps
         # learn
+        rb.add(obs=obs, actions=actions, rewards=rewards)
+        state["global_step"] = global_step = state["global_step"] + round_steps
         losses = sac.learn(rb, global_step / total) if global_step >= args.learning_starts else {}
         clock.append(time.perf_counter())
         finite = all(weights.isfinite().all() for weights in sac.parameters())
         check(finite, f"a weight is not finite at step {global_step}; {before}")
-
-        seconds, shown = np.diff(clock), {"reward": f"{rewards.mean():.3f}"}
-        log({f"losses/{key}": value for key, value in losses.items()})
-        log(dict(zip(("time/collect", "time/draw", "time/score", "time/learn"), seconds)))
-        log({"charts/episodic_return": rewards.sum(1).mean()})
-        log({"charts/SPS": round_steps / sum(seconds)})
-        if args.task:
-            log({"charts/success_rate": success_rate(success)})
-            shown["success"] = f"{success_rate(success):.0%}"
-        progress.set_postfix(shown, refresh=False)
-        progress.update(round_steps)
+        # report and save
+        log_round(rewards, success, losses)
         due = global_step >= total or global_step % args.eval_frequency < round_steps
         pictures = keep_best() if due and losses and RANK == 0 else None
         signalled = torch.tensor(float(len(stopping)), device=device)
