@@ -730,9 +730,8 @@ def parse_args(argv):
     prompts = args.prompt + args.baseline_prompt + args.compare_prompt
     check(all(prompt.strip() for prompt in prompts), "a prompt is empty")
     pictures = not args.frames or Path(args.frames).is_dir()
-    check(
-        not args.glance or pictures, "--glance takes a folder of PNGs and a labels.csv as --frames"
-    )
+    wanted = "with --glance it must be a folder of PNGs and a labels.csv"
+    check(not args.glance or pictures, f"--frames {args.frames}: {wanted}")
     elsewhere = args.glance and (args.task or args.compare_prompt or args.run)
     check(not elsewhere, "--glance asks for all tasks: no --task, --compare-prompt or --run")
     either = "give either --frames, which has its states already, or --run"

@@ -440,8 +440,9 @@ class CLIPReward(nn.Module):
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    meant = self.embed_prompts([prompt])
-                    nearest = max(sentences, key=lambda text: meant @ self.embed_prompts([text]))
+                    embed = functools.partial(CLIPReward.embed_prompts, self)
+                    meant = embed([prompt])
+                    nearest = max(sentences, key=lambda text: meant @ embed([text]))
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)

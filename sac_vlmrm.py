@@ -15,7 +15,8 @@ Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for RL", I
     python sac_vlmrm.py --resume runs/RUN_NAME                       # after a crash or Ctrl-C
 
 With torchrun each rank has robots, an image tower and a replay buffer of its own; their gradients
-are averaged; flags are totals over ranks. On each of two nodes that share a file system:
+are averaged. --num-envs, --batch-size and --buffer-size are shared out among the ranks,
+--reward-batch-size is of each; rank 0 evaluates. On each of two nodes that share a file system:
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         sac_vlmrm.py paper --prompt "a humanoid robot kneeling"
 
@@ -47,11 +48,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-# torchrun starts ranks, one per GPU, and tells each which it is; alone it is rank 0 of 1
-RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (
-    int(os.environ.get(name, name.endswith("SIZE")))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-)
+# torchrun starts processes, ranks, one per GPU, and tells each its number, how many there are, and
+# both on this machine alone (LOCAL). Without it, whatever the shell exports, this is rank 0 of 1.
+torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, LOCAL_RANK = (int(torchrun.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(torchrun.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(torchrun.get("LOCAL_WORLD_SIZE", 1))
 if LOCAL_WORLD_SIZE > 1 and Path(f"/dev/nvidia{LOCAL_RANK}").exists():
     os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(LOCAL_RANK))  # each draws on its own GPU
 # Read when OpenGL is loaded; no window is opened, whatever the shell exports.
@@ -94,16 +96,16 @@ class Args:
     prompt: Prompts = ()  # what the robot should do; may be repeated: embeddings are averaged
     baseline_prompt: Prompts = ()  # how it looks anyway; "a humanoid robot" if not given
     clip_alpha: float = 0.0  # goal-baseline regularisation, from 0 (plain CLIP reward) to 1
-    clip_model: str = (
-        "local-dir:tiny_clip"  # local-dir:FOLDER, NAME/TAG, NAME/FILE, hf-hub:ORG/REPO
-    )
+    # local-dir:FOLDER, NAME/TAG, NAME/FILE or hf-hub:ORG/REPO, as open_clip knows them
+    clip_model: str = "local-dir:tiny_clip"
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: Gymnasium's, for running
     task: str = ""  # whose success to report (see TASKS), if the prompt does not tell
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
-    camera: tuple[Literal["front", "side", "original"], ...] = ("front",)  # rewards are averaged
+    # one view or several, e.g. front side: then the reward is their mean
+    camera: tuple[Literal["front", "side", "original"], ...] = ("front",)
     image_size: int = 0  # pixels; 0: the size the VLM takes
     # the run
     seed: int = 1  # of everything random
@@ -135,7 +137,7 @@ class Args:
 
 # A word before the flags stands for flags. `paper`: the numbers of its appendix C, there on four
 # GPUs; the observation, the bootstrap at the time limit and the averaged actor are this file's.
-# `one-gpu`: the default learner with the paper's VLM; its frames fill four batches a round.
+# `one-gpu`: the default learner with the paper's VLM; 1600 frames a round are four batches.
 PRESETS = {
     "one-gpu": "--clip-model ViT-bigG-14/laion2b_s39b_b160k --clip-precision bf16 --num-envs 16 "
     "--reward-batch-size 400 --gradient-steps 800",
@@ -305,7 +307,8 @@ def modify_textures(spec):
     sun.dir, sun.pos, sun.diffuse = [-0.4, 0.3, -1], [1, -1, 4], [0.7] * 3
 
 
-CAMERAS = {"front": 180, "side": 90}  # degrees of azimuth; the paper has the front, which is fixed
+# degrees of azimuth of cameras that stand still, the paper's in front; Gymnasium's follows
+CAMERAS = {"front": 180, "side": 90, "original": None}
 
 
 class Painter:
@@ -322,11 +325,13 @@ class Painter:
         quality.numslices, quality.numstacks = 12, 8  # 28 and 16 cost half of the frame rate
         self.model, self.size, self.cameras = spec.compile(), size, []
         self.model.vis.global_.offheight, self.model.vis.global_.offwidth = size
-        for name in cameras:
-            camera = mujoco.MjvCamera()
-            camera.distance, camera.azimuth, camera.elevation = 3.5, CAMERAS.get(name, 0), -10
-            camera.lookat = [0, 0, 1]
-            self.cameras.append(camera if name in CAMERAS else 0)  # 0: Gymnasium's, it follows
+        for azimuth in (CAMERAS[name] for name in cameras):
+            camera = 0  # the number of Gymnasium's in the model
+            if azimuth is not None:
+                camera = mujoco.MjvCamera()
+                camera.distance, camera.azimuth, camera.elevation = 3.5, azimuth, -10
+                camera.lookat = [0, 0, 1]
+            self.cameras.append(camera)
         self.threads = [ThreadPoolExecutor(1) for _ in range(num_threads)]
         try:
             sizes = [size] * num_threads
@@ -520,8 +525,9 @@ class CLIPReward(nn.Module):
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    meant = self.embed_prompts([prompt])
-                    nearest = max(sentences, key=lambda text: meant @ self.embed_prompts([text]))
+                    embed = functools.partial(CLIPReward.embed_prompts, self)
+                    meant = embed([prompt])
+                    nearest = max(sentences, key=lambda text: meant @ embed([text]))
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
@@ -568,7 +574,8 @@ class MLP(nn.Module):
     """`members` networks evaluated as one: obs (B, 255) [, action (B, 17)] -> (members, B, n_out).
 
     `scale_obs` standardises by mean and deviation of the first steps (SAC.fit). All weights are one
-    parameter: an Adam step, a moving average or an average over ranks is one operation each.
+    parameter, cut up by `layers()`, whose views pass the gradient on to it: an Adam step, a moving
+    average or an average over ranks is one operation each.
     """
 
     def __init__(self, members, action_dim, n_out, normalize):
@@ -701,7 +708,7 @@ class SAC(nn.Module):
         for scale, x in ((self.actor.scale_obs, obs), (self.scale_reward, rewards[:, None])):
             scale.train()(x)
             scale.eval()
-            average(scale.running_mean, scale.running_var)
+            average(scale.running_mean, scale.running_var)  # what matters: the same on every rank
 
     def update_critics(self, obs, actions, rewards, next_obs, discount):
         with torch.no_grad():
@@ -771,7 +778,8 @@ def follow(slow, fast, share):
 
 
 def average(*tensors):
-    """Average all of them over the ranks, in place."""
+    """Average all of them over the ranks, in place: of the gradients of equal shares of a batch it
+    is the batch's. As one message, since each costs the same, however short."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -840,7 +848,8 @@ def evaluate(play, policy, episodes, seed):
 def film(painter, qpos, success, path):
     """Episodes (E, T) as video at half speed and sheet; green edge: success. Never ends a run."""
     try:
-        frames = np.concatenate(np.moveaxis(painter(qpos), 2, 0), axis=3)  # (E, T, H, V W, 3)
+        views = np.moveaxis(painter(qpos), 2, 0)
+        frames = np.concatenate(views, axis=3)  # side by side: (E, T, H, V W, 3)
         edge = np.pad(np.zeros(np.subtract(frames.shape[2:4], 6), bool), 3, constant_values=True)
         frames[success[..., None, None] & edge] = (40, 200, 80)
         rows = [np.concatenate(row, axis=1) for row in frames[:, 9::10, ::2, ::2]]
@@ -888,7 +897,8 @@ def machine_limits():
     """Cores and bytes of memory that this process may use; in a container, those of its cgroup."""
     cores, memory = min(torch.get_num_threads(), os.cpu_count()), math.inf
     if LOCAL_WORLD_SIZE > 1:  # torchrun sets OMP_NUM_THREADS=1
-        cores = os.cpu_count()
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+        cores = len(affinity(0))
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for group in (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")):
@@ -903,13 +913,17 @@ def machine_limits():
 def parse_args(argv):
     """The command line's flags over a preset's, or over those of the run to resume or evaluate."""
     argv = PRESETS[argv[0]].split() + argv[1:] if argv and argv[0] in PRESETS else argv
-    args = tyro.cli(Args, args=argv)
+    presets = f"A first word, {' or '.join(PRESETS)}, stands for flags."
+    args = tyro.cli(Args, args=argv, description=f"{__doc__.splitlines()[0]} {presets}")
     check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
     if run_dir := args.resume or args.evaluate:
         try:
             saved = json.loads(Path(run_dir, "args.json").read_text())["args"]
-            assert saved.keys() == asdict(args).keys()
-            saved = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+            saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+            assert [(k, type(v)) for k, v in saved.items()] == [
+                (k, type(v)) for k, v in asdict(args).items()
+            ]
+            saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
         # a given prompt replaces the saved ones; another prompt is another task
@@ -954,8 +968,12 @@ def parse_args(argv):
         gpus = torch.cuda.device_count()
         check(LOCAL_WORLD_SIZE <= gpus, f"{LOCAL_WORLD_SIZE} ranks, but PyTorch sees {gpus} GPUs")
         torch.cuda.set_device(LOCAL_RANK)
-    check(device != "cpu" or args.clip_precision == "fp32", "--clip-precision needs a GPU")
-    check(WORLD_SIZE == 1 or (device != "mps" and not args.evaluate), "torchrun: only to train")
+    low = f"--clip-precision {args.clip_precision} (of {' and '.join(PRESETS)}, too)"
+    check(device != "cpu" or args.clip_precision == "fp32", f"{low} needs a GPU")
+    check(args.camera, f"--camera: one or more of {', '.join(CAMERAS)}")
+    args.camera = tuple(dict.fromkeys(args.camera))
+    trains = device != "mps" and not args.evaluate
+    check(WORLD_SIZE == 1 or trains, "torchrun is for training, on CUDA or the CPU")
     for key in ("num_envs", "batch_size", "buffer_size"):
         value, flag = getattr(args, key), f"--{key.replace('_', '-')}"
         check(value % WORLD_SIZE == 0, f"{flag} {value} can't be shared by {WORLD_SIZE} ranks")
@@ -1020,7 +1038,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         clock.append(time.perf_counter())
         if clip_reward:
             embeddings = clip_reward.embed_images(frames.reshape(-1, *frames.shape[3:]))
-            rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1).mean(-1)
+            rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1)  # (N, T, V)
+            rewards = rewards.mean(-1)
         clock.append(time.perf_counter())
         if infos["unstable"].any():
             warn("a simulation blew up and was reset by MuJoCo; its episode counts as no success")
@@ -1088,7 +1107,9 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
         saved = load_saved(checkpoints[-1], [*parts, "state", "rngs"])
         ranks = len(saved["rngs"])
-        check(ranks == WORLD_SIZE, f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}")
+        hint = f"start it with torchrun --nproc-per-node {ranks}" if ranks > 1 else "no torchrun"
+        made = f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}"
+        check(ranks == WORLD_SIZE, f"{made}: {hint}")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         state.update(saved["state"])
@@ -1111,6 +1132,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume: it may have more steps
     if WORLD_SIZE > 1:
         dist.barrier()  # the folder is there
+        seen = os.access(run_dir, os.W_OK)
+        check(seen, f"rank {RANK} can't write to {run_dir}: all nodes must share it")
     if not args.resume:
         save()  # from now on the run can be resumed
     if args.track and RANK == 0:
@@ -1129,7 +1152,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
     def stop(signum, _):
         stopping.append(signum)
-        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more: at once")
+        again = "once more: at once" if WORLD_SIZE == 1 else "torchrun kills after 30 s"
+        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; {again}")
         if WORLD_SIZE == 1:  # torchrun passes on what a terminal has sent to every rank already
             signal.signal(signum, signal.SIG_DFL)
 
@@ -1195,6 +1219,7 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if WORLD_SIZE == 1 or "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
             raise
-        sys.exit(f"error: another rank is lost ({str(error)[:200]}); --resume goes on")
+        hint = "its own error stands above, if it had one; --resume goes on from a checkpoint"
+        sys.exit(f"error: another rank is lost ({str(error)[:200]}); {hint}")
     except OSError as error:  # a full disk, most of all
         sys.exit(f"error: {error}. What was saved before is whole; make room, then --resume")

@@ -113,6 +113,17 @@ def test_totals_that_do_not_divide_and_another_number_of_ranks(whole, small):
         sac_vlmrm.main(["--resume", "runs/run", "--total-timesteps", "1200"])
 
 
+def test_only_torchrun_makes_ranks():
+    """What a scheduler or another program exports under these names is not meant for us."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sac_vlmrm as s; "
+    code += "print(s.RANK, s.LOCAL_RANK, s.WORLD_SIZE, s.LOCAL_WORLD_SIZE)"
+    exported = {"RANK": "3", "WORLD_SIZE": "", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "0"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | exported, capture_output=True, text=True
+    )
+    assert printed.stdout == "0 0 1 1\n", printed.stderr
+
+
 TWO_LEARNERS = """
 import sys
 sys.path.insert(0, {root!r})

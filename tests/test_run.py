@@ -570,6 +570,8 @@ BAD = [
     ([*KNEEL, "--clip-model", "local-dir:nowhere"], "nowhere"),
     ([*KNEEL, "--clip-model", "hf-hub:nobody/nothing"], "can't be loaded"),
     ([*KNEEL, "--clip-precision", "bf16", "--device", "cpu"], "GPU"),
+    (["one-gpu", *KNEEL, "--device", "cpu"], "(of one-gpu and paper, too) needs a GPU"),
+    ([*KNEEL, "--camera"], "--camera: one or more of front, side, original"),
     ([*KNEEL, "--baseline-prompt", KNEEL[1], "--clip-alpha", "0.5"], "direction"),
     ([*KNEEL, "--num-envs", "0"], "--num-envs"),
     ([*KNEEL, "--total-timesteps", "-5"], "--total-timesteps"),
@@ -619,8 +621,11 @@ def test_bad_input_is_one_clear_line(flags, words, monkeypatch):
     assert sorted(os.listdir("runs")) == ["file", "taken"], "a refused run leaves nothing behind"
 
 
+OLD_CAMERA = json.dumps({"args": asdict(sac_vlmrm.Args()) | {"camera": "modified"}})  # 409b71c's
+
+
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"args": {"no_such_flag": 1}}', '{"args": 3}', "{}"]
+    "content", ["", "[]", '{"args": {"no_such_flag": 1}}', '{"args": 3}', "{}", OLD_CAMERA]
 )
 def test_a_folder_of_another_version_is_no_run_folder(content):
     Path("runs/run").mkdir(parents=True)

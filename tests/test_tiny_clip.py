@@ -8,6 +8,7 @@ import pytest
 import torch
 from poses import KNEEL, POSES, STAND, qpos_of
 
+import epic_vlmrm
 import sac_vlmrm
 
 ROOT = Path(sac_vlmrm.__file__).parent
@@ -53,8 +54,13 @@ def test_reward_sees_pixels_only():
     assert torch.allclose(rewards, rewards[0])
 
 
-def test_unknown_words_draw_a_warning(printed):
-    load = sac_vlmrm.CLIPReward
+@pytest.mark.parametrize(
+    "load",
+    [sac_vlmrm.CLIPReward, lambda model, goal, baseline: epic_vlmrm.Scorer(model, goal + baseline)],
+    ids=["a run", "--glance"],
+)
+def test_unknown_words_draw_a_warning(load, printed):
+    """In a run, and in `--glance`, where one tries them first."""
     juggling = printed(load, "local-dir:tiny_clip", ("a humanoid robot juggling",), BASELINE)
     assert juggling.startswith("warning: ") and "never saw juggling; it" in juggling
     # a sentence that it was taught, and where to find the others
