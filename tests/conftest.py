@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 # bit-exact comparisons need the same number of threads in every process
 os.environ["OMP_NUM_THREADS"] = "1"
+# a script's background job inherits an ignored SIGINT, and so would the runs that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
