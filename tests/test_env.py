@@ -241,7 +241,9 @@ def test_each_switch_changes_the_picture(looks):
     frames = [looks[look](qpos_of(HUMANOID, STAND)).astype(float) for look in LOOKS]
     for i, one in enumerate(frames):
         for j, other in enumerate(frames[i + 1 :], i + 1):
-            assert np.abs(one - other).mean() > 5, (LOOKS[i], LOOKS[j])  # of 255 grey levels
+            # of 255 grey levels; front and side share sky and floor, only the robot is turned
+            least = 5 if {LOOKS[i][1], LOOKS[j][1]} == {("front",), ("side",)} else 10
+            assert np.abs(one - other).mean() > least, (LOOKS[i], LOOKS[j])
 
 
 def test_no_switch_changes_the_physics(looks):
