@@ -673,9 +673,12 @@ def parse_args(argv):
     if run_dir := args.resume or args.evaluate:
         try:
             saved = json.loads(Path(run_dir, "args.json").read_text())["args"]
-            assert saved.keys() == asdict(args).keys()
-            saved = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+            kinds, now = ([(k, type(v)) for k, v in x.items()] for x in (saved, asdict(args)))
+            if kinds != now:
+                raise ValueError("flags of another version")
+            saved = Args(**saved)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
         # a given prompt replaces the saved ones
         blank = replace(saved, prompt=(), baseline_prompt=())

@@ -920,11 +920,11 @@ def parse_args(argv):
         try:
             saved = json.loads(Path(run_dir, "args.json").read_text())["args"]
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-            assert [(k, type(v)) for k, v in saved.items()] == [
-                (k, type(v)) for k, v in asdict(args).items()
-            ]
+            kinds, now = ([(k, type(v)) for k, v in x.items()] for x in (saved, asdict(args)))
+            if kinds != now:
+                raise ValueError("flags of another version")
             saved = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
         # a given prompt replaces the saved ones; another prompt is another task
         blank = replace(saved, prompt=(), baseline_prompt=(), task="")

@@ -637,6 +637,16 @@ def test_a_folder_of_another_version_is_no_run_folder(content):
             sac_vlmrm.main([flag, "runs/run"])
 
 
+def test_a_folder_of_another_version_is_none_under_python_O_either():
+    """Which leaves out every `assert`."""
+    Path("runs/run").mkdir(parents=True)
+    Path("runs/run/args.json").write_text('{"args": {}}')
+    command = [sys.executable, "-O", str(ROOT / "sac_vlmrm.py"), "--resume", "runs/run"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: runs/run is not a run folder of this version")
+
+
 def test_a_run_without_an_evaluation_has_nothing_to_evaluate(clip_folder):
     saved_run(Path("runs/run"), *STANDING, "--clip-model", clip_folder)
     with pytest.raises(SystemExit, match="^error: runs/run has not reached its first evaluation"):
