@@ -355,7 +355,7 @@ SCENES = {"CartPole-v1": CartPole, "MountainCarContinuous-v0": MountainCar}
 
 # REWARD
 def local_folder(clip_model):
-    """Folder of local-dir:FOLDER, if need be beside this script: tiny_clip is found anywhere."""
+    """Folder that local-dir:FOLDER names, if need be beside this script, as tiny_clip is."""
     folder = Path(clip_model.removeprefix("local-dir:")).expanduser()
     return folder if folder.is_dir() else Path(__file__).resolve().parent / folder
 
@@ -417,7 +417,7 @@ class CLIPReward(nn.Module):
 
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
         P = alpha d d^T / |d|^2 + (1 - alpha) I    projects a share alpha onto the line through b, g
-        R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0
+        R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0 and one prompt
 
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """
@@ -432,17 +432,18 @@ class CLIPReward(nn.Module):
         self.image_size = tuple(np.broadcast_to(self.clip.visual.image_size, 2).tolist())  # (H, W)
         taught = local_folder(clip_model) / "sentences.txt"  # of a model that is not zero-shot
         for prompt in goal + (baseline if alpha > 0 else ()):
+            # would one more word be read?
             if torch.equal(self.tokenizer([prompt]), self.tokenizer([f"{prompt} robot"])):
                 length = self.tokenizer.context_length
-                warn(f'"{prompt}" is longer than the {length} tokens it reads')
+                warn(f'"{prompt}" fills or exceeds the {length} tokens it reads')
             if taught.is_file():
                 sentences = taught.read_text(encoding="utf-8").lower().splitlines()
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    embed = functools.partial(CLIPReward.embed_prompts, self)
-                    meant = embed([prompt])
-                    nearest = max(sentences, key=lambda text: meant @ embed([text]))
+                    meant, embed = self.embed_prompts([prompt]), self.embed_prompts
+                    likeness = functools.partial(F.cosine_similarity, meant, dim=-1)
+                    nearest = max(sentences, key=lambda text: likeness(embed([text])))
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)

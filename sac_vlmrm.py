@@ -15,8 +15,9 @@ Rocamonde et al., "Vision-Language Models are Zero-Shot Reward Models for RL", I
     python sac_vlmrm.py --resume runs/RUN_NAME                       # after a crash or Ctrl-C
 
 With torchrun each rank has robots, an image tower and a replay buffer of its own; their gradients
-are averaged. --num-envs, --batch-size and --buffer-size are shared out among the ranks,
---reward-batch-size is of each; rank 0 evaluates. On each of two nodes that share a file system:
+are averaged. --num-envs, --batch-size and --buffer-size are totals, shared out among the ranks;
+every rank scores --reward-batch-size frames at a time; rank 0 alone evaluates and logs. On each of
+two nodes that share a file system:
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         sac_vlmrm.py paper --prompt "a humanoid robot kneeling"
 
@@ -25,7 +26,7 @@ open_clip's can replace it, e.g. --clip-model ViT-B-32/laion2b_s34b_b79k
 
 A round of the main loop (Algorithm 1 of the paper) handles one episode of each of N robots:
     collect  physics: obs (N, T+1, O), actions (N, T, A)
-    draw     what V cameras see: frames (N, T, V, H, W, 3)
+    draw     what V cameras see: frames (N, T, V, H, W, 3); and, for the report, if it succeeds
     score    CLIP compares the frames with the sentence: rewards (N, T)
     learn    into the replay buffer; SAC takes gradient steps on it
 """
@@ -56,8 +57,8 @@ WORLD_SIZE = int(torchrun.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(torchrun.get("LOCAL_WORLD_SIZE", 1))
 if LOCAL_WORLD_SIZE > 1 and Path(f"/dev/nvidia{LOCAL_RANK}").exists():
     os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(LOCAL_RANK))  # each draws on its own GPU
-# Read when OpenGL is loaded; no window is opened, whatever the shell exports.
-os.environ.pop("PYOPENGL_PLATFORM", None)
+# Settings that OpenGL reads when it is loaded; no window is opened.
+os.environ.pop("PYOPENGL_PLATFORM", None)  # MUJOCO_GL decides
 os.environ.setdefault("LP_NUM_THREADS", "0")  # of software OpenGL: Painter has its own threads
 if sys.platform == "linux":
     os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl").lower()
@@ -86,7 +87,20 @@ HUMANOID_XML = f"{Path(gym.__file__).parent}/envs/mujoco/assets/humanoid.xml"
 HUMANOID = mujoco.MjModel.from_xml_path(HUMANOID_XML)
 OBS_DIM = HUMANOID.nq + HUMANOID.nv + 16 * (HUMANOID.nbody - 1)  # 255, see VLMHumanoid
 ACTION_DIM = HUMANOID.nu  # 17
+FRAME_SKIP = 5  # of MuJoCo's steps of 3 ms in one of ours
 EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
+# degrees of azimuth of cameras that stand still, the paper's in front; Gymnasium's follows
+CAMERAS = {"front": 180, "side": 90, "original": None}
+TASKS = {  # the paper's prompts (Table 3)
+    "kneeling": "a humanoid robot kneeling",
+    "lotus": "a humanoid robot seated down, meditating in the lotus position",
+    "standing": "a humanoid robot standing up",
+    "arms-raised": "a humanoid robot standing up, with both arms raised",
+    "splits": "a humanoid robot practicing gymnastics, doing the side splits",
+    "hands-on-hips": "a humanoid robot standing up with hands on hips",
+    "arms-crossed": "a humanoid robot standing up, with its arms crossed",
+    "one-leg": "a humanoid robot standing up on one leg",
+}
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
@@ -94,18 +108,18 @@ Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 class Args:
     # what to learn
     prompt: Prompts = ()  # what the robot should do; may be repeated: embeddings are averaged
-    baseline_prompt: Prompts = ()  # how it looks anyway; "a humanoid robot" if not given
-    clip_alpha: float = 0.0  # goal-baseline regularisation, from 0 (plain CLIP reward) to 1
+    baseline_prompt: Prompts = ()  # what any frame shows; "a humanoid robot" if not given
+    clip_alpha: float = 0.0  # goal-baseline regularisation, from 0 (no baseline) to 1
     # local-dir:FOLDER, NAME/TAG, NAME/FILE or hf-hub:ORG/REPO, as open_clip knows them
     clip_model: str = "local-dir:tiny_clip"
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
-    reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: Gymnasium's, for running
-    task: str = ""  # whose success to report (see TASKS), if the prompt does not tell
+    reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: Gymnasium's, for walking
+    task: Literal["", *TASKS] = ""  # whose success to report, if the prompt does not tell
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
     # one view or several, e.g. front side: then the reward is their mean
-    camera: tuple[Literal["front", "side", "original"], ...] = ("front",)
+    camera: tuple[Literal[*CAMERAS], ...] = ("front",)
     image_size: int = 0  # pixels; 0: the size the VLM takes
     # the run
     seed: int = 1  # of everything random
@@ -115,8 +129,8 @@ class Args:
     resume: str = ""  # run folder to go on with, with its own flags
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # of the final evaluation
-    eval_frequency: int = 10_000  # steps between checkpoints, each with a short evaluation
-    select_episodes: int = 8  # of a short evaluation; twice as many more confirm a new best policy
+    eval_frequency: int = 10_000  # steps between checkpoints; when it learns, with an evaluation
+    select_episodes: int = 8  # of this evaluation; twice as many more confirm a new best policy
     # SAC
     total_timesteps: int = 80_000  # of all robots together
     num_envs: int = 8  # robots
@@ -129,23 +143,26 @@ class Args:
     tau: float = 0.005  # share by which the target critics follow at every update
     learning_rate: float = 6e-4  # of actor, critics and entropy coefficient
     alpha: float = 0.1  # entropy coefficient at the start; then it is tuned
-    target_entropy: float = -17.0  # to this entropy of the policy, by custom minus the joints
+    target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the joints
     anneal: bool = True  # second half: learning rates fall to a tenth, target entropy to threefold
     normalize: bool = True  # observations and rewards by the random steps; hidden layers: LayerNorm
-    mirror: bool = True  # half of every batch with left and right exchanged
+    mirror: bool = True  # half of every batch with left and right exchanged, as if worth the same
 
 
-# A word before the flags stands for flags. `paper`: the numbers of its appendix C, there on four
-# GPUs; the observation, the bootstrap at the time limit and the averaged actor are this file's.
+# A word before the flags stands for other defaults. `paper`: the numbers of its appendix C, which
+# ran on four GPUs; observation, bootstrap at the time limit and averaged actor are this file's.
 # `one-gpu`: the default learner with the paper's VLM; 1600 frames a round are four batches.
+BIG_G = {"clip_model": "ViT-bigG-14/laion2b_s39b_b160k", "clip_precision": "bf16"}
 PRESETS = {
-    "one-gpu": "--clip-model ViT-bigG-14/laion2b_s39b_b160k --clip-precision bf16 --num-envs 16 "
-    "--reward-batch-size 400 --gradient-steps 800",
-    "paper": "--clip-model ViT-bigG-14/laion2b_s39b_b160k --clip-precision bf16 --num-envs 32 "
-    "--reward-batch-size 800 --total-timesteps 10000000 --learning-starts 50000 --alpha 1 "
-    "--gradient-steps 100 --buffer-size 1000000 --batch-size 512 --gamma 0.95 --n-step 1 "
-    "--eval-frequency 128000 --no-anneal --no-normalize --no-mirror",
-}
+    "one-gpu": Args(**BIG_G, num_envs=16, reward_batch_size=400, gradient_steps=800),
+    "paper": Args(
+        **BIG_G, num_envs=32, reward_batch_size=800, total_timesteps=10_000_000,
+        learning_starts=50_000, alpha=1.0, gradient_steps=100, buffer_size=1_000_000,
+        batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000,
+        anneal=False, normalize=False, mirror=False,
+    ),
+}  # fmt: skip
+# flags that another part of the same run may have
 MAY_CHANGE = "resume", "device", "total_timesteps", "track", "eval_episodes", "reward_batch_size"
 
 
@@ -185,7 +202,8 @@ class VLMHumanoid(gym.vector.VectorEnv):
 
     Observations (N, 255): qpos (24) and qvel (23), with x and y because the camera stands still;
     then inertia (10) and velocity (6) of each of 13 bodies, without which balance is slow to learn.
-    Actions (N, 17): torques. infos["unstable"] (N,): MuJoCo found the state absurd and reset it.
+    Actions (N, 17): torques over each motor's gear. infos["unstable"] (N,): MuJoCo found a state
+    absurd and reset it.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}  # all episodes end together
@@ -193,9 +211,10 @@ class VLMHumanoid(gym.vector.VectorEnv):
     single_action_space = gym.spaces.Box(-0.4, 0.4, (ACTION_DIM,))
 
     def __init__(self, num_envs, num_threads=1):
-        self.num_envs, self.data = num_envs, mujoco.MjData(HUMANOID)
+        self.num_envs, self.scratch = num_envs, mujoco.MjData(HUMANOID)
+        # MuJoCo's loop over robots, on threads; persistent: get_data can read all of a robot
         self.sim = Batch(HUMANOID, num_envs, num_threads, persistent=True)
-        for field in ("cinert", "cvel", "xipos"):
+        for field in ("cinert", "cvel", "subtree_com"):
             self.sim.bind(field)  # so that they are filled from the first call on
         batch_space = gym.vector.utils.batch_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -203,12 +222,13 @@ class VLMHumanoid(gym.vector.VectorEnv):
 
     def observe(self):
         sim, n = self.sim, self.num_envs
-        bodies = sim.cinert[:, 1:].reshape(n, -1), sim.cvel[:, 1:].reshape(n, -1)  # 0: the world
+        # body 0 is the world; as in Gymnasium they are of the last substep's beginning
+        bodies = sim.cinert[:, 1:].reshape(n, -1), sim.cvel[:, 1:].reshape(n, -1)
         return np.concatenate([sim.qpos, sim.qvel, *bodies], axis=1)
 
     def reset(self, *, seed=None, options=None):
         """`seed`: a number from which the robots count up."""
-        self.sim.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
+        self.sim.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)  # `forward` comes below
         for i in range(self.num_envs):
             rng = np.random.default_rng(seed if seed is None else seed + i)
             self.sim.qpos[i] = HUMANOID.qpos0 + rng.uniform(-0.01, 0.01, HUMANOID.nq)
@@ -219,28 +239,27 @@ class VLMHumanoid(gym.vector.VectorEnv):
 
     def step(self, actions):
         sim, n = self.sim, self.num_envs
-        center_of_mass = functools.partial(np.average, axis=1, weights=HUMANOID.body_mass)
-        before = center_of_mass(sim.xipos)  # (N, 3)
+        before = sim.subtree_com[:, 0, 0].copy()  # x of the centre of mass
         sim.ctrl = actions
-        sim.step(nstep=5)
+        sim.step(nstep=FRAME_SKIP)
         self.elapsed_steps += 1
-        forward = 1.25 * (center_of_mass(sim.xipos) - before)[:, 0] / (5 * HUMANOID.opt.timestep)
+        velocity = (sim.subtree_com[:, 0, 0] - before) / (FRAME_SKIP * HUMANOID.opt.timestep)
         healthy = 5.0 * ((sim.qpos[:, 2] > 1) & (sim.qpos[:, 2] < 2))
         contact = np.empty(n)
         for i in range(n):
-            mujoco.mj_rnePostConstraint(HUMANOID, sim.get_data(i, self.data))
-            contact[i] = min(5e-7 * np.square(self.data.cfrc_ext).sum(), 10)
-        rewards = forward + healthy - (0.1 * np.square(sim.ctrl).sum(1) + contact)
+            mujoco.mj_rnePostConstraint(HUMANOID, sim.get_data(i, self.scratch))
+            contact[i] = min(5e-7 * np.square(self.scratch.cfrc_ext).sum(), 10)
+        rewards = 1.25 * velocity + healthy - (0.1 * np.square(sim.ctrl).sum(1) + contact)
         truncations = np.full(n, self.elapsed_steps >= EPISODE_LENGTH)
         bad = [getattr(mujoco.mjtWarning, f"mjWARN_BADQ{x}").value for x in ("POS", "VEL", "ACC")]
-        infos = {"unstable": sim.warning[:, bad, 1].any(1)}  # counted since the reset
+        infos = {"unstable": sim.warning[:, bad, 1].any(1)}  # 1: how often since the reset
         return self.observe(), rewards, np.zeros(n, bool), truncations, infos
 
 
 def mirror_image(device):
     """Functions of observations (..., 255) and of actions (..., 17) to the mirrored robot's.
 
-    Robot and picture are symmetric but for one knee's spring, one hip's armature and the floor.
+    Robot and picture are symmetric but for a knee's spring, a hip's armature, the sun, the floor.
     """
     joints = [HUMANOID.joint(i).name for i in range(1, HUMANOID.njnt)]  # after the free one
     motors = [HUMANOID.actuator(i).name for i in range(HUMANOID.nu)]  # named like their joints
@@ -251,10 +270,12 @@ def mirror_image(device):
         return re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name)
 
     def turn(joint):  # mirrored at y = 0, a rotation about (x, y, z) is one about (-x, y, -z)
-        return [round(HUMANOID.joint(joint).axis * rotation @ HUMANOID.joint(twin(joint)).axis)]
+        axis, other = HUMANOID.joint(joint).axis, HUMANOID.joint(twin(joint)).axis
+        return [round((axis * rotation) @ other)]
 
     def reflection(*parts):
-        """`parts` of a vector: bodies, joints or motors, and the signs of the numbers of each."""
+        """Parts of a vector, e.g. (joints, turn): a number per joint, whose sign turn(joint) says.
+        Each number goes to the twin's place, with its sign."""
         names, signs = [], []
         for n, (owners, signs_of) in enumerate(parts):
             for owner in owners:
@@ -270,7 +291,7 @@ def mirror_image(device):
         (["root"], lambda _: [*vector, *rotation]),  # velocities
         (joints, turn),
         (bodies, lambda _: [*inertia, *vector, 1]),  # inertia, mass times position, mass
-        (bodies, lambda _: [*rotation, *vector]),  # velocities
+        (bodies, lambda _: [*rotation, *vector]),  # velocities, MuJoCo's cvel: rotation first
     )
     return of_obs, reflection((motors, turn))
 
@@ -307,18 +328,15 @@ def modify_textures(spec):
     sun.dir, sun.pos, sun.diffuse = [-0.4, 0.3, -1], [1, -1, 4], [0.7] * 3
 
 
-# degrees of azimuth of cameras that stand still, the paper's in front; Gymnasium's follows
-CAMERAS = {"front": 180, "side": 90, "original": None}
-
-
 class Painter:
-    """Draws states on several threads, each with its own `mujoco.Renderer` and OpenGL context."""
+    """Draws states on several threads, each with its own `mujoco.Renderer`, whose OpenGL context
+    only that thread may use. `size`: (H, W)."""
 
     def __init__(self, size, textures, cameras, num_threads=1):
         spec = mujoco.MjSpec.from_file(HUMANOID_XML)
         if textures == "modified":
             modify_textures(spec)
-        spec.geom("floor").size[2] = 5  # spacing of the drawn grid: 0.125 is 10,000s of lit quads
+        spec.geom("floor").size[2] = 5  # m between the corners drawn; 0.125 costs 10,000s of them
         spec.lights[0].castshadow = False
         quality = spec.visual.quality
         quality.shadowsize = quality.offsamples = 0  # CLIP blurs a frame anyway: no 4x MSAA
@@ -354,6 +372,7 @@ class Painter:
             thread.shutdown()
 
     def draw(self, renderer, states, frames):
+        """States (n, 24) into frames (n, V, H, W, 3), on one thread."""
         data = mujoco.MjData(self.model)
         for qpos, views in zip(states, frames):
             data.qpos = qpos
@@ -374,25 +393,14 @@ class Painter:
 
 
 # SUCCESS
-TASKS = {  # the paper's prompts (Table 3)
-    "kneeling": "a humanoid robot kneeling",
-    "lotus": "a humanoid robot seated down, meditating in the lotus position",
-    "standing": "a humanoid robot standing up",
-    "arms-raised": "a humanoid robot standing up, with both arms raised",
-    "splits": "a humanoid robot practicing gymnastics, doing the side splits",
-    "hands-on-hips": "a humanoid robot standing up with hands on hips",
-    "arms-crossed": "a humanoid robot standing up, with its arms crossed",
-    "one-leg": "a humanoid robot standing up on one leg",
-}
-
-
 def goal_states(qpos):
     """Whether states qpos (..., 24) are the paper's goal states (Table 2): {task: (...) bool}.
 
     Geometry in metres, which the learner never sees. To touch the floor is to come within 2 cm of
     it: contacts of a rigid robot chatter, heights do not.
     """
-    sim, touch = Batch(HUMANOID, qpos[..., 0].size, torch.get_num_threads()), 0.02
+    touch = 0.02
+    sim = Batch(HUMANOID, qpos[..., 0].size, torch.get_num_threads())
     sim.qpos = qpos.reshape(-1, HUMANOID.nq)
     for field in ("xpos", "xmat", "geom_xpos", "geom_xmat"):
         sim.bind(field)
@@ -410,12 +418,13 @@ def goal_states(qpos):
     foot, hand = (both(lambda name: sim.geom(name).xpos, part) for part in ("foot", "hand"))
     hip, knee = (both(lambda name: sim.body(name).xpos, part) for part in ("thigh", "shin"))
     bend = both(lambda name: sim.joint(name).qpos[:, 0], "knee")  # 0: straight
-    feet, hands, knees = foot[..., 2] - 0.075, hand[..., 2] - 0.04, knee[..., 2] - 0.049  # heights
+    # heights of undersides: the numbers are radii of the model's spheres and capsules
+    feet, hands, knees = foot[..., 2] - 0.075, hand[..., 2] - 0.04, knee[..., 2] - 0.049
     head, butt, torso = sim.geom("head"), sim.geom("butt"), sim.body("torso")
     seat = butt.xpos[:, 2] - 0.07 * abs(butt.xmat[:, 8]) - 0.09
     uprightness = torso.xmat[:, 8]  # cosine between the torso's axis and the vertical
     upright, feet_down = uprightness > 0.8, feet.max(0) < touch
-    tall = upright & (torso.xpos[:, 2] > 1.1) & (knees.min(0) > touch)  # 1.28 at most
+    tall = upright & (torso.xpos[:, 2] > 1.1) & (knees.min(0) > touch)  # torso straight: 1.28
     standing, seated = tall & feet_down, (seat < 0.05) & feet_down
     on_hips = np.linalg.norm(seen_from("pelvis", hand) - [0, 0.2, 0.08], axis=-1) < 0.12
     x, y, z = np.moveaxis(seen_from("torso", hand), -1, 0)
@@ -440,7 +449,7 @@ def goal_states(qpos):
 
 # REWARD
 def local_folder(clip_model):
-    """Folder of local-dir:FOLDER, if need be beside this script: tiny_clip is found anywhere."""
+    """Folder that local-dir:FOLDER names, if need be beside this script, as tiny_clip is."""
     folder = Path(clip_model.removeprefix("local-dir:")).expanduser()
     return folder if folder.is_dir() else Path(__file__).resolve().parent / folder
 
@@ -502,7 +511,7 @@ class CLIPReward(nn.Module):
 
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
         P = alpha d d^T / |d|^2 + (1 - alpha) I    projects a share alpha onto the line through b, g
-        R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0
+        R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0 and one prompt
 
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """
@@ -517,17 +526,18 @@ class CLIPReward(nn.Module):
         self.image_size = tuple(np.broadcast_to(self.clip.visual.image_size, 2).tolist())  # (H, W)
         taught = local_folder(clip_model) / "sentences.txt"  # of a model that is not zero-shot
         for prompt in goal + (baseline if alpha > 0 else ()):
+            # would one more word be read?
             if torch.equal(self.tokenizer([prompt]), self.tokenizer([f"{prompt} robot"])):
                 length = self.tokenizer.context_length
-                warn(f'"{prompt}" is longer than the {length} tokens it reads')
+                warn(f'"{prompt}" fills or exceeds the {length} tokens it reads')
             if taught.is_file():
                 sentences = taught.read_text(encoding="utf-8").lower().splitlines()
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    embed = functools.partial(CLIPReward.embed_prompts, self)
-                    meant = embed([prompt])
-                    nearest = max(sentences, key=lambda text: meant @ embed([text]))
+                    meant, embed = self.embed_prompts([prompt]), self.embed_prompts
+                    likeness = functools.partial(F.cosine_similarity, meant, dim=-1)
+                    nearest = max(sentences, key=lambda text: likeness(embed([text])))
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
@@ -573,7 +583,8 @@ class CLIPReward(nn.Module):
 class MLP(nn.Module):
     """`members` networks evaluated as one: obs (B, 255) [, action (B, 17)] -> (members, B, n_out).
 
-    `scale_obs` standardises by mean and deviation of the first steps (SAC.fit). All weights are one
+    `scale_obs`, a BatchNorm that is never trained, standardises by mean and deviation of the first
+    steps (SAC.fit; momentum=None: plain means) and is saved with the weights, which are one
     parameter, cut up by `layers()`, whose views pass the gradient on to it: an Adam step, a moving
     average or an average over ranks is one operation each.
     """
@@ -654,14 +665,14 @@ class ReplayBuffer:
             self.data[key][rows] = torch.as_tensor(values).to(self.data[key])
         self.total += len(rows)
 
-    def save(self, folder, previous_total):
-        """A new chunk. Those that the older checkpoint, of `previous_total`, can't need go."""
-        rows = torch.arange(max(self.saved, self.total - self.size), self.total) % self.size
+    def save(self, folder):
+        """A new chunk. Those that the checkpoint before, of `previous` episodes, can't need go."""
+        previous, self.saved = self.saved, self.total
+        rows = torch.arange(max(previous, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
         atomic_save(chunk, folder / f"{self.name}{self.total:07d}.pt")
-        self.saved = self.total
         for path in folder.glob(f"{self.name}*.pt"):
-            if int(path.stem.removeprefix(self.name)) <= previous_total - self.size:
+            if int(path.stem.removeprefix(self.name)) <= previous - self.size:
                 path.unlink()
 
     def load(self, folder, total):
@@ -673,10 +684,8 @@ class ReplayBuffer:
                 continue
             chunk = load_saved(path, self.data)
             start = end - len(chunk["rewards"])
-            first = start <= max(0, total - self.size)  # the ring needs none before it
-            check(
-                first or start == self.total, f"{folder}: the chunk before {path.name} is missing"
-            )
+            whole = start == self.total or start <= total - self.size or start == 0
+            check(whole, f"{folder}: the chunk before {path.name} is missing")
             self.total = start
             self.add(**chunk)
         check(self.total == total, f"{folder}: the replay chunks end before episode {total}")
@@ -692,7 +701,7 @@ class SAC(nn.Module):
         self.actor, self.critics = Actor(args.normalize), MLP(2, ACTION_DIM, 1, args.normalize)
         self.scale_reward = nn.BatchNorm1d(1, eps=1e-6, momentum=None, affine=False).eval()
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
-        # these follow slowly; the average actor is what is evaluated and kept
+        # these follow slowly; the average actor is what is evaluated and kept. All scale alike
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for net in (self.critics, self.target_critics, self.average_actor):
@@ -708,14 +717,17 @@ class SAC(nn.Module):
         for scale, x in ((self.actor.scale_obs, obs), (self.scale_reward, rewards[:, None])):
             scale.train()(x)
             scale.eval()
-            average(scale.running_mean, scale.running_var)  # what matters: the same on every rank
+            average(scale.running_mean, scale.running_var)  # at least the same on every rank
 
-    def update_critics(self, obs, actions, rewards, next_obs, discount):
+    def update_critics(self, obs, actions, n_step_rewards, next_obs, discount):
+        """A batch of B: obs (B, 255), actions (B, 17), what n steps earned (B,), the obs after them
+        and gamma^n (B,). Entropy is left out of these n steps, and nothing corrects for their
+        actions being an older policy's."""
         with torch.no_grad():
             next_actions, next_log_prob, _ = self.actor.get_action(next_obs)
             next_q = self.target_critics(next_obs, next_actions).amin(0)[:, 0]
             next_value = next_q - self.log_alpha.exp() * next_log_prob
-            target = rewards + discount * next_value  # (B,); no episode terminates
+            target = n_step_rewards + discount * next_value  # (B,); no episode terminates
         q_values = self.critics(obs, actions)[..., 0]  # (2, B)
         qf1_loss, qf2_loss = (q_values - target).square().mean(1)
         self.q_optimizer.zero_grad()
@@ -747,14 +759,14 @@ class SAC(nn.Module):
         for k in range(args.n_step):  # fewer at the end of an episode
             n_step_rewards[:, : T - k] += args.gamma**k * rewards[:, k:]
         batch_size = args.batch_size // WORLD_SIZE
-        shape, half = (args.gradient_steps, batch_size), args.mirror * batch_size // 2
+        shape, half = (args.gradient_steps, batch_size), batch_size // 2
         mirror_obs, mirror_action = self.mirror
         randint = functools.partial(torch.randint, size=shape, device=obs.device)
         for e, t in zip(randint(len(rb)), randint(T)):
             after = (t + args.n_step).clamp(max=T)
-            batch = obs[e, t], actions[e, t], n_step_rewards[e, t], obs[e, after]
+            batch = obs[e, t], actions[e, t], n_step_rewards[e, t], obs[e, after]  # copies
             for x, mirror in zip(batch, (mirror_obs, mirror_action, None, mirror_obs)):
-                if mirror and half:
+                if mirror:
                     x[:half] = mirror(x[:half])
             yield *batch, args.gamma ** (after - t)
 
@@ -762,7 +774,8 @@ class SAC(nn.Module):
         """A round's updates, after a share `progress` of the run. Returns the last one's losses."""
         args, late = self.args, max(0.0, 2 * min(progress, 1.0) - 1)  # 0 until half time, then to 1
         late *= args.anneal
-        for optimizer in (self.q_optimizer, self.actor_optimizer):  # [1] is the entropy coefficient
+        # [1] is the entropy coefficient's, which has to follow the falling target
+        for optimizer in (self.q_optimizer, self.actor_optimizer):
             optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.learning_rate
         if args.normalize and self.scale_reward.num_batches_tracked == 0:
             self.fit(rb)
@@ -778,8 +791,8 @@ def follow(slow, fast, share):
 
 
 def average(*tensors):
-    """Average all of them over the ranks, in place: of the gradients of equal shares of a batch it
-    is the batch's. As one message, since each costs the same, however short."""
+    """Average all of them over the ranks, in place. The mean gradient of equal shares of a batch is
+    the gradient of the batch. As one message, since each costs the same, however short."""
     if WORLD_SIZE > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -812,7 +825,7 @@ def load_saved(path, keys):
         sys.exit(f"error: {path} is damaged{hint}")
 
 
-# EVALUATION
+# ROLLOUT AND EVALUATION
 def collect(envs, policy, seed):
     """One episode: obs (N, T+1, 255), actions (N, T, 17) in [-1, 1], Gymnasium's rewards (N, T),
     the last infos. `policy`: obs (N, 255) -> actions (N, 17)."""
@@ -822,11 +835,12 @@ def collect(envs, policy, seed):
         after, reward, _, _, infos = envs.step(actions[-1] * envs.single_action_space.high)
         obs.append(after)
         rewards.append(reward)
-    return *(np.stack(steps, axis=1) for steps in (obs, actions, rewards)), infos
+    obs, actions, rewards = (np.stack(steps, axis=1) for steps in (obs, actions, rewards))
+    return obs, actions, rewards, infos
 
 
 def random_torques(noise, obs):
-    """The policy of the first steps: noise N(0, 1), correlated in time, squashed (N, 17)."""
+    """The policy of the first steps: noise N(0, 1) (N, 17), which it moves on, squashed."""
     noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)
     return torch.tanh(noise).numpy()
 
@@ -846,7 +860,8 @@ def evaluate(play, policy, episodes, seed):
 
 
 def film(painter, qpos, success, path):
-    """Episodes (E, T) as video at half speed and sheet; green edge: success. Never ends a run."""
+    """Episodes (E, T) as a sheet, every tenth frame, and the first four as a video at half speed;
+    green edge: success. Never ends a run."""
     try:
         views = np.moveaxis(painter(qpos), 2, 0)
         frames = np.concatenate(views, axis=3)  # side by side: (E, T, H, V W, 3)
@@ -855,7 +870,7 @@ def film(painter, qpos, success, path):
         rows = [np.concatenate(row, axis=1) for row in frames[:, 9::10, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
         iio.imwrite(path.with_suffix(".mp4"), np.concatenate(frames[:4], axis=2), fps=33)
-        if getattr(wandb := sys.modules.get("wandb"), "run", None):
+        if getattr(wandb := sys.modules.get("wandb"), "run", None):  # with --track
             wandb.log({"video": wandb.Video(str(path.with_suffix(".mp4")))})
     except Exception as error:
         warn(f"no video: {' '.join(str(error).split())[:200]}")
@@ -866,7 +881,7 @@ def final_evaluation(args, run_dir, play, actor, painter):
     check((run_dir / "best.pt").is_file(), f"{run_dir} has not reached its first evaluation")
     best = load_saved(run_dir / "best.pt", ("actor", "global_step"))
     actor.load_state_dict(best["actor"])
-    many, few = args.eval_episodes, -(-args.eval_episodes // 4)  # few show that doing nothing fails
+    many, few = args.eval_episodes, math.ceil(args.eval_episodes / 4)  # enough to see them fail
     policies = {
         "mean action": (many, lambda obs: actor.act(obs, sample=False)),
         "sampled action": (many, actor.act),
@@ -901,20 +916,22 @@ def machine_limits():
         cores = len(affinity(0))
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for group in (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")):
-        limit, *period = group.read_text().split() if group.is_file() else ["max"]
-        if limit != "max" and period:
-            cores = min(cores, max(1, int(limit) // int(period[0])))
-        elif limit != "max":
-            memory = min(memory, int(limit))
+    cpu, ram = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
+    if cpu.is_file() and not cpu.read_text().startswith("max"):
+        quota, period = map(int, cpu.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    if ram.is_file() and not ram.read_text().startswith("max"):
+        memory = min(memory, int(ram.read_text()))
     return max(1, cores // LOCAL_WORLD_SIZE), memory / LOCAL_WORLD_SIZE
 
 
 def parse_args(argv):
     """The command line's flags over a preset's, or over those of the run to resume or evaluate."""
-    argv = PRESETS[argv[0]].split() + argv[1:] if argv and argv[0] in PRESETS else argv
-    presets = f"A first word, {' or '.join(PRESETS)}, stands for flags."
-    args = tyro.cli(Args, args=argv, description=f"{__doc__.splitlines()[0]} {presets}")
+    word = argv[0] if argv else ""
+    argv = argv[1:] if word in PRESETS else argv
+    presets = f"A first word, {' or '.join(PRESETS)}, stands for other defaults."
+    about = f"{__doc__.splitlines()[0]} {presets}"
+    args = tyro.cli(Args, args=argv, default=PRESETS.get(word, Args()), description=about)
     check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
     if run_dir := args.resume or args.evaluate:
         try:
@@ -940,7 +957,6 @@ def parse_args(argv):
         if args.mirror and re.search(r"\b(left|right)\b", " ".join(args.prompt)):
             warn("the learner exchanges left and right; --no-mirror if the prompt tells them apart")
     args.task = args.task or next((task for task in TASKS if TASKS[task] in args.prompt), "")
-    check(args.task in ("", *TASKS), f"--task {args.task}: unknown; one of {', '.join(TASKS)}")
     if args.resume:
         changed = [key for key, value in asdict(args).items() if value != getattr(saved, key)]
         changed = ", ".join(key for key in changed if key not in MAY_CHANGE)
@@ -951,7 +967,7 @@ def parse_args(argv):
     for key, value in asdict(args).items():
         if type(value) in (int, float):
             ok = lowest.get(key, 1e-12) <= value < math.inf
-            check(ok, f"--{key.replace('_', '-')} {value} is not a positive number")
+            check(ok, f"--{key.replace('_', '-')} {value} is too low, or not finite")
     check(args.clip_alpha <= 1, "--clip-alpha must be between 0 and 1")
     check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
     check(args.n_step <= EPISODE_LENGTH, f"--n-step: an episode has {EPISODE_LENGTH} steps")
@@ -968,8 +984,8 @@ def parse_args(argv):
         gpus = torch.cuda.device_count()
         check(LOCAL_WORLD_SIZE <= gpus, f"{LOCAL_WORLD_SIZE} ranks, but PyTorch sees {gpus} GPUs")
         torch.cuda.set_device(LOCAL_RANK)
-    low = f"--clip-precision {args.clip_precision} (of {' and '.join(PRESETS)}, too)"
-    check(device != "cpu" or args.clip_precision == "fp32", f"{low} needs a GPU")
+    precision = f"--clip-precision {args.clip_precision} (of {' and '.join(PRESETS)}, too)"
+    check(device != "cpu" or args.clip_precision == "fp32", f"{precision} needs a GPU")
     check(args.camera, f"--camera: one or more of {', '.join(CAMERAS)}")
     args.camera = tuple(dict.fromkeys(args.camera))
     trains = device != "mps" and not args.evaluate
@@ -1008,10 +1024,8 @@ def main(argv=None):
         options = args.clip_alpha, device, args.clip_precision, args.reward_batch_size
         clip_reward = CLIPReward(args.clip_model, *prompts, *options)
         size = (args.image_size,) * 2 if args.image_size else clip_reward.image_size
-    look, envs = (
-        (args.textures, args.camera, threads),
-        VLMHumanoid(args.num_envs // WORLD_SIZE, threads),
-    )
+    envs = VLMHumanoid(args.num_envs // WORLD_SIZE, threads)
+    look = args.textures, args.camera, threads
     with closing(Painter(size, *look)) as painter, closing(Painter(large, *look)) as film_painter:
         print(f"renderer: {painter.name}; task: {args.task or 'not in TASKS, so no success rate'}")
         if "llvmpipe" in painter.name and Path("/dev/nvidiactl").exists():
@@ -1022,16 +1036,18 @@ def main(argv=None):
 
 def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
-    sac, stopping, clock = SAC(args, device), [], []  # clock: when each stage of a round began
-    torch.manual_seed(args.seed + RANK * 2**32)  # all start from the same weights, then differ
-    before = f"--resume {run_dir} goes on from the checkpoint before"
+    sac, stopping = SAC(args, device), []
+    clock = []  # when each stage of a round began, and its end
+    # all ranks start from the same weights, then differ; no --seed is as large as the difference
+    torch.manual_seed(args.seed + RANK * 2**32)
+    go_back = f"--resume {run_dir} goes on from the checkpoint before"
 
     def play(policy, seed):
         """The stages before learning: obs, actions, rewards (N, T), success (N, T) bool."""
         clock[:] = [time.perf_counter()]
         obs, actions, rewards, infos = collect(envs, policy, seed)
         clock.append(time.perf_counter())
-        qpos = obs[:, 1:, : HUMANOID.nq]
+        qpos = obs[:, 1:, : HUMANOID.nq]  # reward t is that of the state after action t
         frames = painter(qpos) if clip_reward else None  # (N, T, V, H, W, 3)
         success = goal_states(qpos)[args.task] if args.task else np.zeros(rewards.shape, bool)
         success &= ~infos["unstable"][:, None]
@@ -1044,14 +1060,14 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         if infos["unstable"].any():
             warn("a simulation blew up and was reset by MuJoCo; its episode counts as no success")
         finite = np.isfinite(rewards).all() and np.isfinite(obs).all()
-        check(finite, f"a reward or an observation is not finite; {before}")
+        check(finite, f"a reward or an observation is not finite; {go_back}")
         return obs, actions, rewards, success
 
     if args.evaluate:
         return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
     rb = ReplayBuffer(args.buffer_size // EPISODE_LENGTH // WORLD_SIZE, device)
     parts = {"sac": sac, "q_optimizer": sac.q_optimizer, "actor_optimizer": sac.actor_optimizer}
-    state = {"global_step": 0, "saved_episodes": 0, "best_return": -math.inf}
+    state = {"global_step": 0, "best_return": -math.inf}
     robots, round_steps = args.num_envs // WORLD_SIZE, args.num_envs * EPISODE_LENGTH
 
     def log(scalars):
@@ -1074,20 +1090,19 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         """A short evaluation. Is it the best by luck? Twice as many more episodes decide."""
         policy, few = functools.partial(sac.average_actor.act, sample=False), args.select_episodes
         rewards, success, qpos = evaluate(play, policy, few, 2_000_000)
+        log({"eval/return": rewards.sum(1).mean()})
+        log({"eval/success_rate": success_rate(success)} if args.task else {})
         if rewards.sum(1).mean() > state["best_return"]:
             rewards, success, qpos = evaluate(play, policy, 2 * few, 3_000_000)
         if rewards.sum(1).mean() > state["best_return"]:
             state["best_return"] = float(rewards.sum(1).mean())
             best = {"actor": sac.average_actor.state_dict(), "global_step": state["global_step"]}
             atomic_save(best, run_dir / "best.pt")
-        log({"eval/return": rewards.sum(1).mean()})
-        log({"eval/success_rate": success_rate(success)} if args.task else {})
-        return qpos[:2, 1::2], success[:2, 1::2]
+        return qpos[:2], success[:2]
 
     def save():
         """A checkpoint, where all episodes end: nothing of the simulators needs saving."""
-        rb.save(run_dir, state["saved_episodes"])
-        state["saved_episodes"] = rb.total
+        rb.save(run_dir)
         rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if device == "cuda" else None]
         rngs = [rng] * WORLD_SIZE
         if WORLD_SIZE > 1:
@@ -1170,7 +1185,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         policy = sac.actor.act
         if state["global_step"] < args.learning_starts:
             policy = functools.partial(random_torques, torch.randn(robots, ACTION_DIM))
-        episode_seed = args.seed * 10**9 + state["global_step"] + RANK * robots
+        # none of these is an evaluation's, some millions
+        episode_seed = (args.seed + 1) * 10**9 + state["global_step"] + RANK * robots
         obs, actions, rewards, success = play(policy, episode_seed)
         # learn
         rb.add(obs=obs, actions=actions, rewards=rewards)
@@ -1178,11 +1194,11 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         losses = sac.learn(rb, global_step / total) if global_step >= args.learning_starts else {}
         clock.append(time.perf_counter())
         finite = all(weights.isfinite().all() for weights in sac.parameters())
-        check(finite, f"a weight is not finite at step {global_step}; {before}")
+        check(finite, f"a weight is not finite at step {global_step}; {go_back}")
         # report and save
         log_round(rewards, success, losses)
         due = global_step >= total or global_step % args.eval_frequency < round_steps
-        pictures = keep_best() if due and losses and RANK == 0 else None
+        pictures = keep_best() if due and losses and RANK == 0 else None  # the others wait below
         signalled = torch.tensor(float(len(stopping)), device=device)
         average(signalled)  # all ranks stop after the same round
         stop_now = signalled.item() > 0
@@ -1217,7 +1233,7 @@ if __name__ == "__main__":
     try:
         main()
     except RuntimeError as error:
-        if WORLD_SIZE == 1 or "gloo" not in str(error).lower() and "nccl" not in str(error).lower():
+        if WORLD_SIZE == 1 or not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
         hint = "its own error stands above, if it had one; --resume goes on from a checkpoint"
         sys.exit(f"error: another rank is lost ({str(error)[:200]}); {hint}")

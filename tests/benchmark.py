@@ -46,7 +46,6 @@ import mujoco
 import numpy as np
 import open_clip
 import torch
-import tyro
 from sac_vlmrm import EPISODE_LENGTH
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -382,7 +381,7 @@ def larger_vlms():
 def whole_runs(script, draw_rate, score_rate):
     """How long this machine would train in the presets, all stages together, evaluation not."""
     for preset, unit, length in (("one-gpu", "minutes", 60), ("paper", "hours", 3600)):
-        args = tyro.cli(sac_vlmrm.Args, args=sac_vlmrm.PRESETS[preset].split())
+        args = sac_vlmrm.PRESETS[preset]
         script.envs = sac_vlmrm.VLMHumanoid(args.num_envs, THREADS)
         works = script.collect, script.updates_of(args)
         collect_rate, update_rate = np.median(rates(*works), axis=0)

@@ -301,13 +301,13 @@ def study(tmp_path_factory, clip_folder):
     other = models.local_dir(folder / "wide_s2", wide)
     rb = sac_vlmrm.ReplayBuffer(10, "cpu")
     (folder / "my_run").mkdir()
-    rb.save(folder / "my_run", 0)  # as at the start of a run
+    rb.save(folder / "my_run")  # as at the start of a run
     for task in ("kneeling", "standing"):
         qpos = qpos_of(sac_vlmrm.HUMANOID, next(iter(POSES[task][0].values())))
         obs = np.tile(np.concatenate([qpos, np.zeros(231)]), (1, 101, 1))
         obs[:, 0] = 0  # what no action led to
         rb.add(obs=obs, actions=np.zeros((1, 100, 17)), rewards=np.zeros((1, 100)))
-        rb.save(folder / "my_run", 0)
+        rb.save(folder / "my_run")
     argv = ["--generated", "60", "--run", str(folder / "my_run"), "--visited", "8"]
     argv += ["--out", str(folder / "out"), "--clip-model", clip_folder, "--clip-model", other]
     main(argv)
@@ -348,14 +348,14 @@ def test_states_of_several_ranks_are_read_in_order_of_time(tmp_path):
         for time in (1.0, 2.0):
             data = {"obs": (1, 101, 255), "actions": (1, 100, 17), "rewards": (1, 100)}
             rb.add(**{key: np.full(shape, time) for key, shape in data.items()})
-            rb.save(tmp_path, 0)
+            rb.save(tmp_path)
     assert epic_vlmrm.visited_states(tmp_path, 400)[:, 0].tolist() == [1] * 200 + [2] * 200
 
 
 def test_runs_whose_states_can_not_be_read_are_named(tmp_path):
     rb, run = sac_vlmrm.ReplayBuffer(10, "cpu"), tmp_path / "my_run"
     run.mkdir()
-    rb.save(run, 0)
+    rb.save(run)
     argv = "--run", run, "--generated", "0", "--image-size", "48", "--out", tmp_path / "out"
     assert "no episodes yet" in error(*argv)
     [chunk] = run.glob("replay_*.pt")

@@ -335,16 +335,12 @@ def test_resume_with_the_flags_of_the_start(flags):
         assert asdict(args) == asdict(saved) | {"resume": "runs/run"}
 
 
-def test_a_preset_is_a_set_of_flags_that_others_override():
+def test_a_preset_is_other_defaults_that_flags_override():
     flags = ["paper", *STANDING, "--clip-precision", "fp32", "--num-envs", "4"]
     args, _ = sac_vlmrm.parse_args(flags)
     assert (args.num_envs, args.batch_size, args.n_step, args.gamma) == (4, 512, 1, 0.95)
     assert not (args.anneal or args.normalize or args.mirror)
     assert args.clip_model == "ViT-bigG-14/laion2b_s39b_b160k" and args.task == "standing"
-    for preset, words in sac_vlmrm.PRESETS.items():
-        args, _ = sac_vlmrm.parse_args([preset, *STANDING, "--clip-precision", "fp32"])
-        other, _ = sac_vlmrm.parse_args([*words.split(), *STANDING, "--clip-precision", "fp32"])
-        assert args == other != sac_vlmrm.parse_args(STANDING)[0]
 
 
 # signals
@@ -564,7 +560,6 @@ BAD = [
     ([*KNEEL, "--clip-alpha", "1.1"], "--clip-alpha must be between 0 and 1"),
     ([*KNEEL, "--clip-alpha", "-0.1"], "--clip-alpha"),
     ([*KNEEL, "--clip-alpha", "nan"], "--clip-alpha"),
-    ([*KNEEL, "--task", "dancing"], "--task dancing: unknown; one of kneeling, "),
     ([*KNEEL, "--clip-model", "ViT-Z-99/openai"], "ViT-Z-99"),
     ([*KNEEL, "--clip-model", "ViT-B-32/no_such_tag"], "no_such_tag"),
     ([*KNEEL, "--clip-model", "local-dir:nowhere"], "nowhere"),

@@ -43,7 +43,8 @@ class Args:
     seed: int = 1  # of the weights and of the order of the frames
     data_seed: int = 1  # of the frames
     out: Path = HERE  # folder for the model, its configuration, sentences.txt and report.json
-    frames: int = 60_000  # humanoid frames
+    start: Path | None = None  # folder of a model to go on from, instead of random weights
+    frames: int = 90_000  # humanoid frames, two of three from the front, one from the side
     classic_frames: int = 10_000  # frames of the two classic-control scenes
     passes: float = 9.0  # times every frame is seen
     batch_size: int = 64
@@ -544,8 +545,9 @@ def describe(poser, qpos):
     concepts = ["robot"]
     side_of = {"left": 1, "right": -1}
     hold = []
-    # people differ in what they call a raised arm: the reward gets a slope
+    # people differ in what they call raised, on the hips or crossed: the reward gets a slope
     raised_above = poser.rng.uniform(0.15, 0.4)
+    near_hip, past_middle = poser.rng.uniform(0.09, 0.18), poser.rng.uniform(0.0, 0.09)
     for side in sides:
         x, y, z = seen_from(data, "torso", geom(f"{side}_hand"))
         y *= side_of[side]  # positive: on its own side
@@ -555,9 +557,9 @@ def describe(poser, qpos):
             hold.append("raised")
         elif z > 0.07 and abs(y) < 0.28:
             hold.append("head")
-        elif hip < 0.14:
+        elif hip < near_hip:
             hold.append("hips")
-        elif y < -0.03 and x > 0.03 and abs(z) < 0.27:
+        elif y < -past_middle and x > 0.03 and abs(z) < 0.27:
             hold.append("crossed")
         elif y < 0.08 and x > 0.08 and abs(z) < 0.3:
             hold.append("together")
@@ -590,7 +592,7 @@ BODIES += ["left_lower_arm", "right_lower_arm"]
 
 def make_chunk(job):
     """Frames, concepts and body positions of `count` states; runs in a worker process."""
-    seed, count, image_size, visited = job
+    seed, count, image_size, visited, camera = job
     rng = np.random.default_rng(seed)
     poser = Poser(rng)
     states = list(visited) + [poser.other_arms(qpos) for qpos in visited[::2] if qpos[2] > 1]
@@ -606,10 +608,13 @@ def make_chunk(job):
         parts = [poser.data.body(name).xpos for name in BODIES]
         parts += [poser.data.geom(f"{side}_hand").xpos for side in ("left", "right")]
         positions.append(np.concatenate(parts))
+    positions = np.stack(positions).astype(np.float32).reshape(count, -1, 3)
+    if camera == "side":  # as the camera sees them: y is what is to its right
+        positions[..., :2] = np.stack([-positions[..., 1], positions[..., 0]], axis=-1)
     labels = np.stack([*sac_vlmrm.goal_states(qpos).values()], axis=1)  # only for the report
     size = image_size, image_size
-    with closing(sac_vlmrm.Painter(size, "modified", ("front",))) as painter:
-        return painter(qpos)[:, 0], concepts, np.stack(positions).astype(np.float32), labels
+    with closing(sac_vlmrm.Painter(size, "modified", (camera,))) as painter:
+        return painter(qpos)[:, 0], concepts, positions.reshape(count, -1), labels
 
 
 # TRAINING
@@ -764,7 +769,7 @@ def report(args, tests):
             shown = "  ".join(f"alpha {alpha}: {distance:.3f}" for alpha, distance in row.items())
             print(f"  EPIC {task:14} {label.sum():5} goal states   {shown}")
         result[test]["sentences"] = understood(embeddings, concepts, model, tokenizer)
-    (args.out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+    (args.out / "report.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
 
 
 def visited_states(runs, count, rng):
@@ -799,11 +804,13 @@ def main(argv=None):
     seed, size = args.data_seed * 100_000, args.image_size
     every = max(1.0, Args.frames / args.frames)  # the same share of fewer frames
     visited = visited[np.arange(0, len(visited), every).astype(int)]
-    chunks = [(seed + i, 1000, size, visited[i::count][:1000]) for i in range(count)]
-    held_out = [(seed + count + i, 1000, size, []) for i in range(4)]
+    view = ("front", "front", "side")
+    chunks = [(seed + i, 1000, size, visited[i::count][:1000], view[i % 3]) for i in range(count)]
+    views = ["front"] * 4 + ["side"] * 2
+    held_out = [(seed + count + i, 1000, size, [], camera) for i, camera in enumerate(views)]
     unseen = visited_states(args.unseen, args.visit_states, rng) if args.unseen else []
     parts = np.split(unseen, range(1000, len(unseen), 1000))
-    held_out += [(0, len(part), size, part) for part in parts if len(part)]
+    held_out += [(0, len(part), size, part, "front") for part in parts if len(part)]
     jobs = held_out if args.report_only else chunks + held_out
     with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
         made = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc="thousands of frames"))
@@ -811,7 +818,8 @@ def main(argv=None):
     frames, positions, labels = (np.concatenate(part) for part in (frames, positions, labels))
     concepts = sum(concepts, [])
     n = 0 if args.report_only else 1000 * count  # to train on
-    parts = {"held out": slice(n, n + 4000), "visited by unseen policies": slice(n + 4000, None)}
+    parts = {"held out": slice(n, n + 4000), "from the side": slice(n + 4000, n + 6000)}
+    parts["visited by unseen policies"] = slice(n + 6000, None)
     tests = {
         name: (frames[part], concepts[part], labels[part])
         for name, part in parts.items()
@@ -856,6 +864,8 @@ def main(argv=None):
     model = open_clip.CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
     preprocess_cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
     preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
+    if args.start:
+        open_clip.load_checkpoint(model, str(args.start / "open_clip_model.safetensors"))
     train(args, data, model, preprocess, open_clip.SimpleTokenizer(context_length=24))
     save(args, model, config, list(wordings.values()))
     print(f"trained, {time.time() - started:.0f} s in all")
