@@ -1,6 +1,6 @@
 """Make the data for the tiny CLIP, train it, measure it: the method runs offline on a laptop.
 
-    python tiny_clip/train.py                         # data, training, report: 90 minutes, 2 cores
+    python tiny_clip/train.py                         # data, training, report: an hour or two
     python tiny_clip/train.py --visit runs/A runs/B   # first add states that policies visited
 
 The model sees frames of the same simulator that the scripts reward, with captions made from the
