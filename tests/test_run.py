@@ -188,7 +188,7 @@ def test_the_buffer_holds_what_the_robots_did(whole):
     obs, actions, _ = buffer_of(whole[0])
     envs = sac_vlmrm.VLMHumanoid(2)
     for round, step in enumerate((400, 600)):
-        rows, seed = slice(2 * round, 2 * round + 2), 1 * 10**9 + step
+        rows, seed = slice(2 * round, 2 * round + 2), 2 * 10**9 + step
         queue = iter(actions[rows].swapaxes(0, 1))
         replayed = sac_vlmrm.collect(envs, lambda obs: next(queue), seed)[0]
         np.testing.assert_array_equal(replayed.astype(np.float32), obs[rows])
@@ -200,7 +200,9 @@ def test_ground_truth_is_gymnasiums_reward(tmp_path):
     sac_vlmrm.main([*RUNNING, "--total-timesteps", "400"])
     chunk = torch.load("runs/run/replay_0_0000004.pt", weights_only=True)
     queue = iter(chunk["actions"][2:].numpy().swapaxes(0, 1))
-    rewards = sac_vlmrm.collect(sac_vlmrm.VLMHumanoid(2), lambda obs: next(queue), 10**9 + 200)[2]
+    rewards = sac_vlmrm.collect(sac_vlmrm.VLMHumanoid(2), lambda obs: next(queue), 2 * 10**9 + 200)[
+        2
+    ]
     np.testing.assert_array_equal(rewards.astype(np.float32), chunk["rewards"][2:].numpy())
     summary = json.loads(Path("runs/run/eval.json").read_text())
     assert summary["task"] == "standing" and summary["prompt"] == []
