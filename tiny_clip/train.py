@@ -485,6 +485,10 @@ def describe(poser, qpos):
     foot_at = [seen_from(data, "pelvis", geom(f"{s}_foot")) for s in sides]
     knee_at = [seen_from(data, "pelvis", body(f"{s}_shin")) for s in sides]
     airborne = poser.lowest() > 0.05
+    # people differ in what they call upright, raised, on the hips, crossed: the reward gets slopes
+    upright = poser.rng.uniform(8, 36)  # degrees
+    raised_above = poser.rng.uniform(0.15, 0.4)
+    near_hip, past_middle = poser.rng.uniform(0.09, 0.18), poser.rng.uniform(0.0, 0.09)
 
     if airborne:
         posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
@@ -494,11 +498,13 @@ def describe(poser, qpos):
         if seat < 0.07 and tilt < 50:
             posture = "sitting between heels" if max(bend) > 60 else "half splits"
             posture = "splits" if spread > 85 and max(bend) < 40 else posture
+            if tilt > upright + 12:
+                posture = "sitting leaning back" if lean == "back" else "toppling"
         elif max(hands) < 0.06 and tilt > 30:
             posture = "all fours"
         elif min(hands) < 0.06:
             posture = "propped on one hand"
-        elif tilt < 22:
+        elif tilt < upright:
             posture = "sitting on heels" if seat < 0.2 else "kneeling"
         else:
             posture = f"kneeling leaning {lean}"
@@ -507,7 +513,7 @@ def describe(poser, qpos):
     elif seat < 0.07 and tilt < 75:
         wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > 0.08
         wide = wide and min(bend) > 70
-        if tilt > 40:
+        if tilt > upright + 12:
             posture = "sitting leaning back" if lean == "back" else "toppling"
         elif wide and max(knees) < 0.28:
             posture = "lotus"
@@ -519,13 +525,15 @@ def describe(poser, qpos):
         posture = "one knee" if max(knees) > 0.12 else "one knee lifted"
     elif np.mean(knees) < 0.16 and tilt < 45 and 0.6 < height < 1.05 and seat > 0.12:
         posture = "about to kneel"
-    elif tilt < 28 and height > 1.0:
+    elif tilt < upright and height > 1.0:
         if max(feet) > 0.1 and height > 1.1:
             posture = "one leg"
         elif height < 1.16:
             posture = "standing with bent knees"
         else:
             posture = "one foot lifted" if max(feet) > 0.04 else "standing"
+    elif tilt < 40 and height > 1.0:
+        posture = f"leaning {lean}"
     elif tilt < 40 and height > 0.55:
         posture = "crouching" if height > 0.8 else "deep squat"
     elif height > 0.55 and seat > 0.3:
@@ -545,9 +553,6 @@ def describe(poser, qpos):
     concepts = ["robot"]
     side_of = {"left": 1, "right": -1}
     hold = []
-    # people differ in what they call raised, on the hips or crossed: the reward gets a slope
-    raised_above = poser.rng.uniform(0.15, 0.4)
-    near_hip, past_middle = poser.rng.uniform(0.09, 0.18), poser.rng.uniform(0.0, 0.09)
     for side in sides:
         x, y, z = seen_from(data, "torso", geom(f"{side}_hand"))
         y *= side_of[side]  # positive: on its own side
@@ -581,7 +586,7 @@ def describe(poser, qpos):
         concepts.append(arms)
         if f"{posture}, {arms}" in CONCEPTS:
             concepts.append(f"{posture}, {arms}")
-    if 28 < tilt < 65 and height > 0.5 and not posture.startswith(("sitting", "bowing")):
+    if upright < tilt < 65 and height > 0.5 and not posture.startswith(("sitting", "bowing")):
         concepts.append("toppling")
     return [posture] + [c for c in concepts if c != posture]
 
