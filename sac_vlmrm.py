@@ -473,7 +473,8 @@ def load_clip(clip_model, device, precision):
         tags = open_clip.list_pretrained_tags_by_model(name)
         published = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in tags}
         known = pretrained in tags or Path(pretrained).is_file()
-        check(known, f"{asked}: no file, no tag of {name}; its tags: {', '.join(tags) or 'none'}")
+        listed = ", ".join(tags) or "none"
+        check(known, f"{asked}: not NAME/TAG, nor NAME/FILE; tags of {name}: {listed}")
         plain = name.removesuffix("-quickgelu")
         quick = f"{plain}-quickgelu"
         if pretrained in tags:
@@ -937,6 +938,7 @@ def parse_args(argv):
     args = tyro.cli(Args, args=argv, default=PRESETS.get(word, Args()), description=about)
     check(not (args.resume and args.evaluate), "give either --resume or --evaluate")
     if run_dir := args.resume or args.evaluate:
+        check(Path(run_dir).is_dir(), f"{run_dir}: there is no such folder")
         try:
             saved = json.loads(Path(run_dir, "args.json").read_text())["args"]
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}

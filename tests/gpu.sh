@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What there is to measure on a machine with a GPU, in some ten minutes: bash tests/gpu.sh
+# What there is to measure on a machine with one GPU, in twelve minutes at most: bash tests/gpu.sh
 # Untested, we had no GPU. A failed step does not stop the next; all is kept in runs/gpu.log.
 set -o pipefail
 cd "$(dirname "$0")/.." && mkdir -p runs
@@ -18,7 +18,7 @@ step "the default command, cut to 30,000 steps" 160 \
         --total-timesteps 30000 --run-name gpu --eval-episodes 40'
 step "resumed up to 34,000" 60 \
     'time python sac_vlmrm.py --resume runs/gpu --total-timesteps 34000 --eval-episodes 8'
-step "the benchmark" 300 'time python tests/benchmark.py'
+step "the benchmark, as far as it comes (needs stable-baselines3)" 300 'time python tests/benchmark.py'
 step "three rounds of one-gpu with random weights of ViT-bigG-14" 150 '
     (cd tests && python -c "import models; models.hollow_weights(\"ViT-bigG-14\", \"/tmp/bigG.pt\")")
     time python sac_vlmrm.py one-gpu --clip-model ViT-bigG-14//tmp/bigG.pt --run-name bigG \

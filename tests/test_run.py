@@ -596,10 +596,10 @@ BAD = [
     ([*KNEEL, "--run-name", "taken"], "exists"),
     ([*KNEEL, "--run-name", "file/x"], "not writable"),
     ([*KNEEL, "--track"], "--track needs: pip install wandb"),
-    (["--resume", "nowhere"], "not a run folder"),
-    (["--evaluate", "nowhere"], "not a run folder"),
+    (["--resume", "nowhere"], "there is no such folder"),
+    (["--evaluate", "nowhere"], "there is no such folder"),
     (["--evaluate", "runs/taken"], "not a run folder"),
-    (["--evaluate", "runs/file"], "not a run folder"),
+    (["--evaluate", "runs/file"], "there is no such folder"),
     (["--resume", "a", "--evaluate", "b"], "either"),
 ]  # fmt: skip
 
