@@ -274,8 +274,8 @@ def test_prompt_beyond_the_context_is_reported(clip_folder, printed):
     words = "one two three four five six seven eight nine ten eleven twelve thirteen".split()
     fits, beyond = " ".join(words), " ".join([*words, "fourteen", "fifteen", "sixteen"])
     assert "warning" not in printed(CLIPReward, clip_folder, (fits,), BASELINE)
-    assert "is longer than the 16 tokens" in printed(CLIPReward, clip_folder, (beyond,), BASELINE)
+    assert "fills or exceeds the 16 tokens" in printed(CLIPReward, clip_folder, (beyond,), BASELINE)
     # the baseline is read only with an alpha above 0
     assert "warning" not in printed(CLIPReward, clip_folder, (fits,), (beyond,))
     output = printed(CLIPReward, clip_folder, (fits,), (beyond,), 0.5)
-    assert f'"{beyond}" is longer than the 16 tokens' in output
+    assert f'"{beyond}" fills or exceeds the 16 tokens' in output
