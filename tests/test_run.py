@@ -15,7 +15,7 @@ import sys
 import time
 import tomllib
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -200,9 +200,8 @@ def test_ground_truth_is_gymnasiums_reward(tmp_path):
     sac_vlmrm.main([*RUNNING, "--total-timesteps", "400"])
     chunk = torch.load("runs/run/replay_0_0000004.pt", weights_only=True)
     queue = iter(chunk["actions"][2:].numpy().swapaxes(0, 1))
-    rewards = sac_vlmrm.collect(sac_vlmrm.VLMHumanoid(2), lambda obs: next(queue), 2 * 10**9 + 200)[
-        2
-    ]
+    seed = 2 * 10**9 + 200
+    rewards = sac_vlmrm.collect(sac_vlmrm.VLMHumanoid(2), lambda obs: next(queue), seed)[2]
     np.testing.assert_array_equal(rewards.astype(np.float32), chunk["rewards"][2:].numpy())
     summary = json.loads(Path("runs/run/eval.json").read_text())
     assert summary["task"] == "standing" and summary["prompt"] == []
@@ -343,6 +342,11 @@ def test_a_preset_is_other_defaults_that_flags_override():
     assert (args.num_envs, args.batch_size, args.n_step, args.gamma) == (4, 512, 1, 0.95)
     assert not (args.anneal or args.normalize or args.mirror)
     assert args.clip_model == "ViT-bigG-14/laion2b_s39b_b160k" and args.task == "standing"
+    plain, _ = sac_vlmrm.parse_args(STANDING)
+    what = {"prompt": plain.prompt, "baseline_prompt": plain.baseline_prompt, "task": plain.task}
+    for preset, defaults in sac_vlmrm.PRESETS.items():
+        args, _ = sac_vlmrm.parse_args([preset, *STANDING, "--clip-precision", "fp32"])
+        assert args == replace(defaults, **what, clip_precision="fp32") != plain
 
 
 # signals
@@ -616,6 +620,15 @@ def test_bad_input_is_one_clear_line(flags, words, monkeypatch):
     line = end.value.code
     assert line.startswith("error: ") and "\n" not in line and words in line
     assert sorted(os.listdir("runs")) == ["file", "taken"], "a refused run leaves nothing behind"
+
+
+def test_an_unknown_task_is_answered_with_those_that_there_are(capsys):
+    """By tyro, as every flag with a fixed choice."""
+    with pytest.raises(SystemExit) as end:
+        sac_vlmrm.main([*KNEEL, "--task", "dancing"])
+    output = "".join(capsys.readouterr())
+    assert end.value.code and "dancing" in output and "kneeling" in output, output
+    assert not list(Path("runs").glob("*"))
 
 
 OLD_CAMERA = json.dumps({"args": asdict(sac_vlmrm.Args()) | {"camera": "modified"}})  # 409b71c's

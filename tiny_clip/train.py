@@ -1,6 +1,6 @@
 """Make the data for the tiny CLIP, train it, measure it: the method runs offline on a laptop.
 
-    python tiny_clip/train.py                         # data, training, report: an hour or two
+    python tiny_clip/train.py                         # data, training, report: for hours, not timed
     python tiny_clip/train.py --visit runs/A runs/B   # first add states that policies visited
 
 The model sees frames of the same simulator that the scripts reward, with captions made from the
@@ -793,6 +793,8 @@ def visited_states(runs, count, rng):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
+    weights = args.start and args.start / "open_clip_model.safetensors"
+    sac_vlmrm.check(not weights or weights.is_file(), f"--start {args.start}: no {weights}")
     started = time.time()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.data_seed)
@@ -869,8 +871,8 @@ def main(argv=None):
     model = open_clip.CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
     preprocess_cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
     preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
-    if args.start:
-        open_clip.load_checkpoint(model, str(args.start / "open_clip_model.safetensors"))
+    if weights:
+        open_clip.load_checkpoint(model, str(weights))
     train(args, data, model, preprocess, open_clip.SimpleTokenizer(context_length=24))
     save(args, model, config, list(wordings.values()))
     print(f"trained, {time.time() - started:.0f} s in all")
