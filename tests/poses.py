@@ -234,3 +234,40 @@ POSES = {
         },
     ),
 }
+
+OUT = {"shoulder1": 40, "shoulder2": 40, "elbow": -80}
+SIT = {"hip_x": -5, "hip_y": -95, "knee": -5, **DOWN}
+SQUAT = {"hip_x": -10, "hip_z": -25, "hip_y": -108, "knee": -150, "pitch": 25, **DOWN}
+SQUAT |= {"abdomen_y": -30}
+ONE_KNEE = {**HALF_KNEEL, "right_knee": -102, "left_hip_y": -90}
+ONE_ARM = {"left_shoulder1": 60, "left_shoulder2": -20, "left_elbow": -80}
+
+# The same for the sentences of tiny_clip/sentences.py, by the end of each.
+SENTENCES = {
+    "lying on its back": (
+        [{**STAND, "pitch": -90}, {**STAND, "pitch": -85, "hip_y": -20, "knee": -40}],
+        [
+            {**STAND, "pitch": 90},
+            {**STAND, "roll": 90},
+            SIT,
+            {**STAND, "pitch": -90, "height": 0.2},
+        ],
+    ),
+    "sitting on the floor": (
+        [SIT, {**SIT, "hip_x": -20}],
+        [KNEEL, LOTUS, SQUAT, STAND, {**SIT, "pitch": -70}, {**SIT, "height": 0.1}],
+    ),
+    "in a deep squat": (
+        [SQUAT],
+        [STAND, KNEEL, SIT, LOTUS, {**STAND, "hip_y": -40, "knee": -80}, {**SQUAT, "height": 0.05}],
+    ),
+    "down on one knee": ([ONE_KNEE], [KNEEL, STAND, SQUAT, {**ONE_KNEE, "height": 0.05}]),
+    "standing up with its arms out to the sides": (
+        [{**STAND, **OUT}],
+        [STAND, {**STAND, **UP}, {**STAND, **FORWARD}, {**KNEEL, **OUT}],
+    ),
+    "kneeling, with both arms raised": (
+        [{**KNEEL, **UP}],
+        [KNEEL, {**STAND, **UP}, {**KNEEL, **ONE_ARM}, {**ONE_KNEE, **UP}],
+    ),
+}

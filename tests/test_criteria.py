@@ -1,10 +1,16 @@
 """The success criteria on hand-made poses (tests/poses.py): the pose, and what just misses it."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from poses import POSES, qpos_of
+from poses import POSES, SENTENCES, qpos_of
 
 from sac_vlmrm import HUMANOID, TASKS, goal_states
+
+sys.path.append(str(Path(__file__).parent.parent / "tiny_clip"))
+from sentences import GOALS, Body
 
 CASES = [
     pytest.param(task, pose, wanted, id=f"{task}: {name}")
@@ -58,3 +64,13 @@ def test_criterion_treats_left_and_right_alike(task):
                 twin = f"{swap[side]}_{rest}" if side in swap else joint
                 mirrored[twin] = -degrees if side in swap and "shoulder" in rest else degrees
             assert holds(task, mirrored) == wanted, name
+
+
+def test_goal_states_of_the_other_sentences():
+    """Those of tiny_clip/sentences.py."""
+    assert GOALS.keys() == {f"a humanoid robot {end}" for end in SENTENCES}
+    for end, sets in SENTENCES.items():
+        for wanted, poses in zip((True, False), sets):
+            for pose in poses:
+                got = GOALS[f"a humanoid robot {end}"](Body(qpos_of(HUMANOID, pose)))
+                assert got == wanted, (end, pose)

@@ -1,5 +1,7 @@
 """The shipped CLIP: finds its weights from anywhere, ranks poses, pays for nothing but pixels."""
 
+import json
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import epic_vlmrm
 import sac_vlmrm
 
 ROOT = Path(sac_vlmrm.__file__).parent
+sys.path.append(str(ROOT / "tiny_clip"))
+import scaling
+
 KNEELING, BASELINE = "a humanoid robot kneeling", ("a humanoid robot",)
 
 
@@ -67,3 +72,30 @@ def test_unknown_words_draw_a_warning(load, printed):
     sentences = (ROOT / "tiny_clip" / "sentences.txt").read_text().splitlines()
     assert "sentences.txt" in juggling and juggling.split('"')[1] in sentences
     assert "warning" not in printed(load, "local-dir:tiny_clip", (KNEELING,), BASELINE)
+
+
+def test_scaling_reads_what_is_there(tmp_path, monkeypatch, capsys):
+    """A study that was stopped: one policy of one CLIP is missing, of the other all are."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {size: scaling.SIZES[size] for size in ("clip4", "shipped")}
+    monkeypatch.setattr(scaling, "SIZES", sizes)
+    names, alphas = ("clip4_s1", "clip4_s2", "tiny_clip"), ("0.0", "0.5")
+    means = [dict(zip(alphas, row)) for row in ([0.5, 0.4], [0.6, 0.7], [0.3, 0.35])]
+    vlms = [{"name": name, "epic": {"mean": mean}} for name, mean in zip(names, means)]
+    Path("runs/scaling").mkdir(parents=True)
+    Path("runs/scaling/epic.json").write_text(json.dumps({"vlms": vlms}))
+    for size, task in (("clip4", "kneeling"), ("shipped", "kneeling"), ("shipped", "arms-raised")):
+        for seed in (1, 2):
+            run = scaling.run_dir(size, task, seed)
+            run.mkdir()
+            row = {"success_rate": seed / 4, "share_in_goal": 0.5}
+            (run / "eval.json").write_text(json.dumps({"mean action": row}))
+    found_alphas, found = scaling.results()
+    scaling.print_table(found_alphas, found)
+    scaling.plot(found_alphas, found, "scaling.png")
+    assert "0.500 / 0.600 | 0.400 (0.5) / 0.600 (0) | 25% (50%) / 50% (50%) |  |" in (
+        capsys.readouterr().out
+    )
+    samples = {"clip4": 12_000 * 7, "shipped": 70_000 * 9 + 2 * 55_000 * 3.5}  # of equal size
+    each = {found[size]["compute"] / count for size, count in samples.items()}
+    assert max(each) == pytest.approx(min(each)) and Path("scaling.png").stat().st_size > 10_000
