@@ -8,8 +8,9 @@ the shipped one; their EPIC distances on the same 4000 frames; and policies trai
 poses, the policy of seed n with the CLIP of seed n. All of them have seen this simulator: this says
 how the amount of training matters, nothing of models that were trained on other pictures.
 
-Left in runs/scaling: the models and epic.json; in runs/: the policies, scaling-*;
-docs/scaling.png and, on the terminal, the table of docs/results.md.
+Left in runs/scaling: the models and epic.json; in runs/: the policies, scaling-*; docs/scaling.png
+and, on the terminal, the table of docs/results.md. What is there is not made again: after a change
+to a recipe, delete runs/scaling*.
 """
 
 import json
@@ -31,7 +32,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from sac_vlmrm import TASKS
+from sac_vlmrm import TASKS, check
 
 # width of the image tower, and how often it was shown how many frames: [(frames, passes), ...]
 SIZES = {
@@ -43,6 +44,7 @@ SIZES = {
 }
 STEPS = {"kneeling": 40_000, "arms-raised": 50_000}
 SEEDS = 1, 2
+HISTOGRAM = Path("runs/scaling/histogram_tiny_clip.png")
 
 
 @dataclass
@@ -59,12 +61,12 @@ def run_dir(size, task, seed):
     return Path(f"runs/scaling-{size}-{task}-{seed}")
 
 
-def work(*command):
-    """A command, unless the last of its words, a file that it makes, is there."""
-    *command, made = command
-    if not Path(made).is_file():
+def work(made, *command):
+    """Run a script, unless the file `made` that it leaves at its end is there."""
+    if not made.is_file():
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *map(str, command)], env=environment, check=True)
+        check(made.is_file(), f"stopped before {made} was there; the same command goes on")
 
 
 def multiply_adds(size):
@@ -90,33 +92,40 @@ def train_all(jobs):
             if size != "shipped":
                 flags = f"--seed {seed} --data-seed {seed} --frames {frames} --passes {passes} "
                 flags += f"--width {width} --classic-frames 0 --out {out}"
-                clips.append(["tiny_clip/train.py", *flags.split(), out / "report.json"])
+                clips.append([out / "report.json", "tiny_clip/train.py", *flags.split()])
             for task, steps in STEPS.items():
                 run = run_dir(size, task, seed)
                 flags = ["--prompt", TASKS[task], "--clip-model", f"local-dir:{out}"]
                 flags += ["--total-timesteps", steps, "--seed", seed, "--run-name", run.name]
-                flags = ["--resume", run] if (run / "args.json").is_file() else flags
-                policies.append(["sac_vlmrm.py", *flags, run / "eval.json"])
+                flags = ["--resume", run] if any(run.glob("checkpoint_*.pt")) else flags
+                policies.append([run / "eval.json", "sac_vlmrm.py", *flags])
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda job: work(*job), clips))
         models = dict.fromkeys(folder(size, seed) for size in SIZES for seed in SEEDS)
         flags = [word for model in models for word in ("--clip-model", f"local-dir:{model}")]
-        work("epic_vlmrm.py", "--out", "runs/scaling", *flags, "runs/scaling/epic.json")
+        # of the last one, which epic_vlmrm.py makes at its end
+        work(HISTOGRAM, "epic_vlmrm.py", "--out", HISTOGRAM.parent, *flags)
         list(pool.map(lambda job: work(*job), policies))
 
 
 def results():
-    """{size: {"compute", "epic": (CLIPs, alphas), task: [(success, share), ...]}}"""
-    vlms = json.loads(Path("runs/scaling/epic.json").read_text())["vlms"]
+    """The alphas, and {size: {"compute", "epic": (CLIPs, alphas), task: {seed: (success, share)}}}
+    of what is there."""
+    path = Path("runs/scaling/epic.json")
+    check(path.is_file(), f"no {path} yet: first all CLIPs are trained and measured")
+    vlms = json.loads(path.read_text())["vlms"]
     alphas, found = [float(alpha) for alpha in vlms[0]["epic"]["mean"]], {}
     for size in SIZES:
         names = [folder(size, seed).name for seed in SEEDS]
         epic = [list(vlm["epic"]["mean"].values()) for vlm in vlms if vlm["name"] in names]
         found[size] = {"compute": multiply_adds(size), "epic": np.array(epic, dtype=float)}
         for task in STEPS:
-            evals = (run_dir(size, task, seed) / "eval.json" for seed in SEEDS)
-            rows = [json.loads(path.read_text())["mean action"] for path in evals if path.is_file()]
-            found[size][task] = [(row["success_rate"], row["share_in_goal"]) for row in rows]
+            evals = {seed: run_dir(size, task, seed) / "eval.json" for seed in SEEDS}
+            found[size][task] = {}
+            for seed, path in evals.items():
+                if path.is_file():
+                    row = json.loads(path.read_text())["mean action"]
+                    found[size][task][seed] = row["success_rate"], row["share_in_goal"]
     return alphas, found
 
 
@@ -131,8 +140,8 @@ def print_table(alphas, found):
         cells = [size, width, seen, f"{row['compute']:.1e}"]
         cells += [" / ".join(f"{epic[0]:.3f}" for epic in row["epic"]), " / ".join(best)]
         for task in STEPS:
-            both = [f"{success:.0%} ({share:.0%})" for success, share in row[task]]
-            cells.append(" / ".join(both))
+            both = [row[task].get(seed) for seed in SEEDS]
+            cells.append(" / ".join(f"{b[0]:.0%} ({b[1]:.0%})" if b else "-" for b in both))
         print(f"| {' | '.join(map(str, cells))} |")
 
 
@@ -145,8 +154,9 @@ def plot(alphas, found, path):
     curves = [(above, "mean of eight tasks, alpha 0", plain, "-o", "tab:blue")]
     curves += [(above, "at each model's best alpha", best, ":s", "tab:orange")]
     for task, style, color in zip(STEPS, ("-o", "-s"), ("tab:green", "tab:purple")):
-        values = [np.array([100 * success for success, _ in row[task]]) for row in found.values()]
-        curves.append((below, f"{task}, {STEPS[task]:,} steps", values, style, color))
+        values = [np.array([100 * s for s, _ in row[task].values()]) for row in found.values()]
+        if any(map(len, values)):
+            curves.append((below, f"{task}, {STEPS[task]:,} steps", values, style, color))
     for ax, label, values, style, color in curves:
         there = [(x, v) for x, v in zip(compute, values) if len(v)]
         ax.plot(
@@ -157,10 +167,11 @@ def plot(alphas, found, path):
     above.axhline(0.5**0.5, color="0.6", linestyle="--", label="a reward that knows nothing")
     for x, size in zip(compute, found):
         above.annotate(size, (x, 0.5**0.5), (0, 4), textcoords="offset points", ha="center")
-    above.set(xscale="log", ylabel="EPIC distance", ylim=(None, 0.75))
+    above.set(xscale="log", ylabel="EPIC distance")
     below.set(ylabel="success of the policy (%)", ylim=(-4, 104))
     below.set_xlabel("compute of the CLIP's training (multiply-adds)")
     for ax in (above, below):
+        ax.margins(0.08, 0.12)
         ax.legend(fontsize=8)
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -1,13 +1,14 @@
 """Sentences beyond the paper's eight: how often their policies do what was asked, and a picture.
 
     python sac_vlmrm.py --prompt "a humanoid robot in a deep squat" --run-name squat
-    python tiny_clip/sentences.py runs/squat      # a line, and a row of docs/sentences.png, each
+    python tiny_clip/sentences.py runs/squat runs/back   # docs/sentences.png has a row for each
 
 Success is the paper's: in the goal state for half of an episode or more, of 100 episodes with the
 mean action. The goal states are geometry, as in `goal_states` of sac_vlmrm.py, and were written
 down before any policy was trained.
 """
 
+import functools
 import json
 import sys
 import textwrap
@@ -43,7 +44,7 @@ class Body:
         torso = data.body("torso").xmat.reshape(3, 3)
         self.upright, self.chest_up = torso[2, 2], torso[2, 0]  # cosines
         self.knees = np.array([data.body(f"{side}_shin").xpos[2] for side in sides]) - 0.049
-        self.feet, self.hands = foot[:, 2] - 0.075, hand[:, 2] - 0.04  # heights of undersides
+        self.feet, self.hands = foot[:, 2] - 0.075, hand[:, 2]  # undersides' and centres' heights
         butt = data.geom("butt")
         self.seat = butt.xpos[2] - 0.07 * abs(butt.xmat[8]) - 0.09
         self.height, self.head = data.body("torso").xpos[2], data.geom("head").xpos[2]
@@ -72,30 +73,35 @@ GOALS = {
         b.stands and b.hands_out.min() > 0.5 and abs(b.hands_up).max() < 0.3
     ),
     "a humanoid robot kneeling, with both arms raised": lambda b: (
-        b.kneels and b.hands_up.min() > 0 and (b.hands + 0.04).min() > b.head
+        b.kneels and b.hands_up.min() > 0 and b.hands.min() > b.head
     ),
 }
 
 
 def play(run, episodes=100):
-    """qpos (E, T, 24) of a run's best policy, its prompt, the step it is from."""
+    """qpos (E, T, 24) of a run's best policy, if MuJoCo reset an episode (E,), prompt and step."""
     best = sac_vlmrm.load_saved(run / "best.pt", ("actor", "global_step"))
     actor = sac_vlmrm.Actor(normalize=True)
     actor.load_state_dict(best["actor"])
     envs = sac_vlmrm.VLMHumanoid(episodes, torch.get_num_threads())
-    obs, *_ = sac_vlmrm.collect(envs, lambda obs: actor.act(obs, sample=False), 1_000_000)
-    [prompt] = json.loads((run / "args.json").read_text())["args"]["prompt"]
-    return obs[:, 1:, :24], prompt, best["global_step"]
+    policy = functools.partial(actor.act, sample=False)
+    obs, _, _, infos = sac_vlmrm.collect(envs, policy, 1_000_000)
+    prompts = json.loads((run / "args.json").read_text())["args"]["prompt"]
+    return obs[:, 1:, :24], infos["unstable"], " + ".join(prompts), best["global_step"]
 
 
 def main():
-    rows = []
+    runs, rows = [Path(run) for run in sys.argv[1:]], []
+    sac_vlmrm.check(runs, f"usage: {Path(sys.argv[0]).name} RUN_FOLDER ...")
+    for run in runs:
+        sac_vlmrm.check((run / "best.pt").is_file(), f"{run}: no best.pt")
     with closing(sac_vlmrm.Painter((SIZE, SIZE), "modified", ("front",))) as painter:
-        for run in map(Path, sys.argv[1:]):
-            qpos, prompt, step = play(run)
+        for run in runs:
+            qpos, unstable, prompt, step = play(run)
             said = f"“{prompt}”"
             if prompt in GOALS:
                 goal = np.array([[bool(GOALS[prompt](Body(q))) for q in e] for e in qpos])  # (E, T)
+                goal &= ~unstable[:, None]
                 rate, share = sac_vlmrm.success_rate(goal), goal.mean()
                 said += f"\n{rate:.0%} of 100 episodes"
                 print(f"{run}: {prompt}: {rate:.0%}, in goal {share:.0%}, policy of step {step}")
