@@ -5,7 +5,7 @@
 
 Success is the paper's: in the goal state for half of an episode or more, of 100 episodes with the
 mean action. The goal states are geometry, as in `goal_states` of sac_vlmrm.py, and were written
-down before any policy was trained.
+down before any of these policies was looked at.
 """
 
 import functools
