@@ -1,6 +1,6 @@
 """The paper's Fig. 4 in miniature: is a CLIP that took more compute to train a better reward?
 
-    python tiny_clip/scaling.py              # some four hours on two cores; once more: goes on
+    python tiny_clip/scaling.py              # hours, not timed as a whole; once more: goes on
     python tiny_clip/scaling.py --report     # only the table and the picture, of what is there
 
 Tiny CLIPs of train.py, frames, passes and width growing together, two training seeds each, then
@@ -118,6 +118,8 @@ def results():
     for size in SIZES:
         names = [folder(size, seed).name for seed in SEEDS]
         epic = [list(vlm["epic"]["mean"].values()) for vlm in vlms if vlm["name"] in names]
+        if not epic:  # epic_vlmrm.py was stopped before it
+            continue
         found[size] = {"compute": multiply_adds(size), "epic": np.array(epic, dtype=float)}
         for task in STEPS:
             evals = {seed: run_dir(size, task, seed) / "eval.json" for seed in SEEDS}
