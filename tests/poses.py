@@ -240,6 +240,10 @@ SIT = {"hip_x": -5, "hip_y": -95, "knee": -5, **DOWN}
 SQUAT = {"hip_x": -10, "hip_z": -25, "hip_y": -108, "knee": -150, "pitch": 25, **DOWN}
 SQUAT |= {"abdomen_y": -30}
 ONE_KNEE = {**HALF_KNEEL, "right_knee": -102, "left_hip_y": -90}
+HEELS = {**KNEEL, "hip_y": -62, "knee": -157}
+BOW = {**KNEEL, "pitch": 50, "hip_y": -50}
+KNEES_UP = {"hip_x": -5, "hip_y": -110, "knee": -110, "abdomen_y": -30, **DOWN}
+AT_HEAD = {"shoulder1": 5, "shoulder2": -55, "elbow": 40}
 ONE_ARM = {"left_shoulder1": 60, "left_shoulder2": -20, "left_elbow": -80}
 
 # The same for the sentences of tiny_clip/sentences.py, by the end of each.
@@ -269,5 +273,18 @@ SENTENCES = {
     "kneeling, with both arms raised": (
         [{**KNEEL, **UP}],
         [KNEEL, {**STAND, **UP}, {**KNEEL, **ONE_ARM}, {**ONE_KNEE, **UP}],
+    ),
+    "kneeling with its hands at its head": (
+        [{**KNEEL, **AT_HEAD}],
+        [KNEEL, {**KNEEL, **UP}, {**KNEEL, **CROSSED}, {**STAND, **AT_HEAD}],
+    ),
+    "sitting on its heels": ([HEELS], [KNEEL, SIT, LOTUS, SQUAT, {**HEELS, "height": 0.05}]),
+    "bowing with knees on the floor": (
+        [BOW, {**BOW, "pitch": 40, "hip_y": -40}],
+        [KNEEL, BELLY, POSES["kneeling"][1]["on all fours"], {**STAND, "hip_y": -50, "pitch": 50}],
+    ),
+    "sitting with knees pulled up": (
+        [KNEES_UP],
+        [SIT, LOTUS, SQUAT, SPLITS, {**KNEES_UP, "pitch": -70}, {**KNEES_UP, "height": 0.1}],
     ),
 }

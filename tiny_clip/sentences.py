@@ -52,6 +52,7 @@ class Body:
         self.feet_ahead = ((foot - pelvis.xpos) @ pelvis.xmat.reshape(3, 3))[:, 0]
         _, self.hands_out, self.hands_up = ((hand - data.body("torso").xpos) @ torso).T
         self.hands_out = self.hands_out * [1, -1]  # to its own side
+        self.from_head = np.linalg.norm(hand - data.geom("head").xpos, axis=1)
         goals = sac_vlmrm.goal_states(qpos)
         self.stands, self.kneels = goals["standing"], goals["kneeling"]
 
@@ -74,6 +75,16 @@ GOALS = {
     ),
     "a humanoid robot kneeling, with both arms raised": lambda b: (
         b.kneels and b.hands_up.min() > 0 and b.hands.min() > b.head
+    ),
+    "a humanoid robot kneeling with its hands at its head": lambda b: (
+        b.kneels and b.from_head.max() < 0.25
+    ),
+    "a humanoid robot sitting on its heels": lambda b: b.kneels and b.seat < 0.22,
+    "a humanoid robot bowing with knees on the floor": lambda b: (
+        b.knees.max() < TOUCH and b.chest_up < -0.5 and b.seat > 0.1 and b.hands.min() > 0.1
+    ),
+    "a humanoid robot sitting with knees pulled up": lambda b: (
+        b.seat < 0.05 and b.upright > 0.7 and b.knees.min() > 0.25 and b.feet.max() < 0.1
     ),
 }
 
