@@ -417,8 +417,10 @@ class CLIPReward(nn.Module):
     """Goal-baseline regularised CLIP reward (section 3.2 of the paper).
 
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
-        P = alpha d d^T / |d|^2 + (1 - alpha) I    projects a share alpha onto the line through b, g
+        P = alpha d d^T / |d|^2 + (1 - alpha) I
         R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0 and one prompt
+    P (s - g) is the paper's alpha proj_L(s) + (1 - alpha) s - g, since g is on the line L through b
+    and g.
 
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """

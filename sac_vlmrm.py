@@ -29,6 +29,7 @@ A round of the main loop (Algorithm 1 of the paper) handles one episode of each 
     draw     what V cameras see: frames (N, T, V, H, W, 3); and, for the report, if it succeeds
     score    CLIP compares the frames with the sentence: rewards (N, T)
     learn    into the replay buffer; SAC takes gradient steps on it
+docs/fork.md says which function to change for another reward, VLM, robot or learner.
 """
 
 import copy
@@ -88,8 +89,14 @@ HUMANOID = mujoco.MjModel.from_xml_path(HUMANOID_XML)
 OBS_DIM = HUMANOID.nq + HUMANOID.nv + 16 * (HUMANOID.nbody - 1)  # 255, see VLMHumanoid
 ACTION_DIM = HUMANOID.nu  # 17
 FRAME_SKIP = 5  # of MuJoCo's steps of 3 ms in one of ours
+ABSURD = [
+    mujoco.mjtWarning.mjWARN_BADQPOS.value,
+    mujoco.mjtWarning.mjWARN_BADQVEL.value,
+    mujoco.mjtWarning.mjWARN_BADQACC.value,
+]  # warnings of a state that can't be
 EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
-# degrees of azimuth of cameras that stand still, the paper's in front; Gymnasium's follows
+# azimuth, in degrees, of cameras that stand still ("front" is the paper's); None: Gymnasium's,
+# which moves with the robot
 CAMERAS = {"front": 180, "side": 90, "original": None}
 TASKS = {  # the paper's prompts (Table 3)
     "kneeling": "a humanoid robot kneeling",
@@ -110,12 +117,12 @@ class Args:
     prompt: Prompts = ()  # what the robot should do; may be repeated: embeddings are averaged
     baseline_prompt: Prompts = ()  # what any frame shows; "a humanoid robot" if not given
     clip_alpha: float = 0.0  # goal-baseline regularisation, from 0 (no baseline) to 1
-    # local-dir:FOLDER, NAME/TAG, NAME/FILE or hf-hub:ORG/REPO, as open_clip knows them
+    # the VLM: local-dir:FOLDER, NAME/TAG, NAME/FILE or hf-hub:ORG/REPO, as open_clip knows them
     clip_model: str = "local-dir:tiny_clip"
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: Gymnasium's, for walking
-    task: Literal["", *TASKS] = ""  # whose success to report, if the prompt does not tell
+    task: Literal["", *TASKS] = ""  # whose success to report, for a prompt in words of your own
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
     # one view or several, e.g. front side: then the reward is their mean
@@ -129,8 +136,8 @@ class Args:
     resume: str = ""  # run folder to go on with, with its own flags
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # of the final evaluation
-    eval_frequency: int = 10_000  # steps between checkpoints; when it learns, with an evaluation
-    select_episodes: int = 8  # of this evaluation; twice as many more confirm a new best policy
+    eval_frequency: int = 10_000  # steps between checkpoints, with a short evaluation
+    select_episodes: int = 8  # of the short one; twice as many more confirm a new best policy
     # SAC
     total_timesteps: int = 60_000  # of all robots together
     num_envs: int = 8  # robots
@@ -144,15 +151,16 @@ class Args:
     learning_rate: float = 6e-4  # of actor, critics and entropy coefficient
     alpha: float = 0.1  # entropy coefficient at the start; then it is tuned
     target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the joints
-    anneal: bool = True  # second half: learning rates fall to a tenth, target entropy to threefold
+    # second half of total_timesteps: learning rates fall to a tenth, target entropy to threefold
+    anneal: bool = True
     normalize: bool = True  # observations and rewards by the random steps; hidden layers: LayerNorm
     mirror: bool = True  # half of every batch with left and right exchanged, as if worth the same
 
 
 # A word before the flags stands for other defaults. `paper`: the numbers of its appendix C, which
-# ran on four GPUs; the observation, the bootstrap at the time limit, the averaged actor and the
-# critics it follows are this file's. `one-gpu`: the default learner with the paper's VLM; 1600
-# frames a round are four batches.
+# ran on four GPUs; the observation, the bootstrap at the time limit, the average actor and an actor
+# that learns from the target critics are this file's. `one-gpu`: the default learner with the
+# paper's VLM; 1600 frames a round are four batches.
 BIG_G = {"clip_model": "ViT-bigG-14/laion2b_s39b_b160k", "clip_precision": "bf16"}
 PRESETS = {
     "one-gpu": Args(
@@ -205,8 +213,8 @@ class VLMHumanoid(gym.vector.VectorEnv):
 
     Observations (N, 255): qpos (24) and qvel (23), with x and y because the camera stands still;
     then inertia (10) and velocity (6) of each of 13 bodies, without which balance is slow to learn.
-    Actions (N, 17): torques over each motor's gear. infos["unstable"] (N,): MuJoCo found a state
-    absurd and reset it.
+    Actions (N, 17): torques, divided by each motor's gear. infos["unstable"] (N,): MuJoCo found a
+    state absurd and reset it.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}  # all episodes end together
@@ -254,8 +262,7 @@ class VLMHumanoid(gym.vector.VectorEnv):
             contact[i] = min(5e-7 * np.square(self.scratch.cfrc_ext).sum(), 10)
         rewards = 1.25 * velocity + healthy - (0.1 * np.square(sim.ctrl).sum(1) + contact)
         truncations = np.full(n, self.elapsed_steps >= EPISODE_LENGTH)
-        bad = [getattr(mujoco.mjtWarning, f"mjWARN_BADQ{x}").value for x in ("POS", "VEL", "ACC")]
-        infos = {"unstable": sim.warning[:, bad, 1].any(1)}  # 1: how often since the reset
+        infos = {"unstable": sim.warning[:, ABSURD, 1].any(1)}  # [..., 1]: how often since reset
         return self.observe(), rewards, np.zeros(n, bool), truncations, infos
 
 
@@ -421,31 +428,33 @@ def goal_states(qpos):
     foot, hand = (both(lambda name: sim.geom(name).xpos, part) for part in ("foot", "hand"))
     hip, knee = (both(lambda name: sim.body(name).xpos, part) for part in ("thigh", "shin"))
     bend = both(lambda name: sim.joint(name).qpos[:, 0], "knee")  # 0: straight
-    # heights of undersides: the numbers are radii of the model's spheres and capsules
-    feet, hands, knees = foot[..., 2] - 0.075, hand[..., 2] - 0.04, knee[..., 2] - 0.049
+    # undersides over the floor: the numbers are radii of the model's spheres and capsules
+    foot_gap, hand_gap, knee_gap = foot[..., 2] - 0.075, hand[..., 2] - 0.04, knee[..., 2] - 0.049
     head, butt, torso = sim.geom("head"), sim.geom("butt"), sim.body("torso")
     seat = butt.xpos[:, 2] - 0.07 * abs(butt.xmat[:, 8]) - 0.09
     uprightness = torso.xmat[:, 8]  # cosine between the torso's axis and the vertical
-    upright, feet_down = uprightness > 0.8, feet.max(0) < touch
-    tall = upright & (torso.xpos[:, 2] > 1.1) & (knees.min(0) > touch)  # torso straight: 1.28
+    upright, feet_down = uprightness > 0.8, foot_gap.max(0) < touch
+    tall = upright & (torso.xpos[:, 2] > 1.1) & (knee_gap.min(0) > touch)  # torso straight: 1.28
     standing, seated = tall & feet_down, (seat < 0.05) & feet_down
     on_hips = np.linalg.norm(seen_from("pelvis", hand) - [0, 0.2, 0.08], axis=-1) < 0.12
     x, y, z = np.moveaxis(seen_from("torso", hand), -1, 0)
     past_middle = (x > 0.05) & (y < -0.05) & (abs(z) < 0.25)  # the joints allow y = -0.14
-    # the hip joints, turned alike, open the thighs to 123 degrees; one front and one back, to 167
-    apart = np.prod(knee - hip, axis=0).sum(-1) < 0  # by more than 90 degrees
-    # the shin folds in the thigh's plane only: with the feet together the knees stay 17 cm high
+    left_thigh, right_thigh = knee - hip
+    # more than 90 degrees apart, of 123 that the hip joints allow (one front and one back: of 167)
+    apart = (left_thigh * right_thigh).sum(-1) < 0
+    # the shin folds in the thigh's plane only: with the feet together the knees stay 17 cm high, so
+    # lotus allows 25
     knee_y, foot_xy = seen_from("pelvis", knee)[..., 1], seen_from("pelvis", foot)[..., :2]
     wide = (abs(knee_y) > abs(foot_xy[..., 1]) + 0.1) & (np.linalg.norm(foot_xy, axis=-1) < 0.4)
     goals = {
-        "kneeling": (knees.max(0) < touch) & upright & (seat > 0.1) & (hands.min(0) > touch),
-        "lotus": seated & upright & (wide & (knees < 0.25)).all(0),
+        "kneeling": (knee_gap.max(0) < touch) & upright & (seat > 0.1) & (hand_gap.min(0) > touch),
+        "lotus": seated & upright & (wide & (knee_gap < 0.25)).all(0),
         "standing": standing,
         "arms-raised": standing & (hand[..., 2] > head.xpos[:, 2]).all(0),
         "splits": seated & (uprightness > 0.5) & (bend > np.radians(-30)).all(0) & apart,
         "hands-on-hips": standing & on_hips.all(0),
         "arms-crossed": standing & past_middle.all(0),
-        "one-leg": tall & (feet.min(0) < touch) & (feet.max(0) > 0.1),
+        "one-leg": tall & (foot_gap.min(0) < touch) & (foot_gap.max(0) > 0.1),
     }
     return {task: goal.reshape(qpos.shape[:-1]) for task, goal in goals.items()}
 
@@ -514,8 +523,10 @@ class CLIPReward(nn.Module):
     """Goal-baseline regularised CLIP reward (section 3.2 of the paper).
 
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
-        P = alpha d d^T / |d|^2 + (1 - alpha) I    projects a share alpha onto the line through b, g
+        P = alpha d d^T / |d|^2 + (1 - alpha) I
         R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0 and one prompt
+    P (s - g) is the paper's alpha proj_L(s) + (1 - alpha) s - g, since g is on the line L through b
+    and g.
 
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """
@@ -587,10 +598,11 @@ class CLIPReward(nn.Module):
 class MLP(nn.Module):
     """`members` networks evaluated as one: obs (B, 255) [, action (B, 17)] -> (members, B, n_out).
 
-    `scale_obs`, a BatchNorm that is never trained, standardises by mean and deviation of the first
-    steps (SAC.fit; momentum=None: plain means) and is saved with the weights, which are one
-    parameter, cut up by `layers()`, whose views pass the gradient on to it: an Adam step, a moving
-    average or an average over ranks is one operation each.
+    `scale_obs` holds mean and deviation of the first steps, set once by `SAC.fit`; until then, or
+    with --no-normalize, it changes nothing. (A BatchNorm, always in `eval` mode but there;
+    momentum=None makes plain means.) All weights are one parameter: an Adam step, a moving average
+    or an average over ranks is one operation. `layers()` cuts it up into views, through which the
+    gradient flows.
     """
 
     def __init__(self, members, action_dim, n_out, normalize):
@@ -670,7 +682,7 @@ class ReplayBuffer:
         self.total += len(rows)
 
     def save(self, folder):
-        """A new chunk. Those that the checkpoint before, of `previous` episodes, can't need go."""
+        """Write a new chunk; delete those that the checkpoint before does not need either."""
         previous, self.saved = self.saved, self.total
         rows = torch.arange(max(previous, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
@@ -680,7 +692,8 @@ class ReplayBuffer:
                 path.unlink()
 
     def load(self, folder, total):
-        """Read the chunks up to `total`; later ones, of a run killed before its checkpoint, go."""
+        """Read the chunks up to `total`. Later ones, of a run killed before its checkpoint, are
+        deleted."""
         for path in sorted(folder.glob(f"{self.name}*.pt")):
             end = int(path.stem.removeprefix(self.name))
             if end > total:
@@ -688,7 +701,7 @@ class ReplayBuffer:
                 continue
             chunk = load_saved(path, self.data)
             start = end - len(chunk["rewards"])
-            whole = start == self.total or start <= total - self.size or start == 0
+            whole = start == self.total or start <= total - self.size
             check(whole, f"{folder}: the chunk before {path.name} is missing")
             self.total = start
             self.add(**chunk)
@@ -697,7 +710,8 @@ class ReplayBuffer:
 
 
 class SAC(nn.Module):
-    """Soft actor-critic (Haarnoja et al., 2018) with n-step targets."""
+    """Soft actor-critic (Haarnoja et al., 2018). What is not theirs: n-step targets, an actor that
+    learns from the target critics, an average of the actor, the annealing, the mirror images."""
 
     def __init__(self, args, device):
         super().__init__()
@@ -705,7 +719,8 @@ class SAC(nn.Module):
         self.actor, self.critics = Actor(args.normalize), MLP(2, ACTION_DIM, 1, args.normalize)
         self.scale_reward = nn.BatchNorm1d(1, eps=1e-6, momentum=None, affine=False).eval()
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
-        # these follow slowly; the average actor is what is evaluated and kept. All scale alike
+        # the target critics follow the critics slowly, the average actor the actor; it is what is
+        # evaluated and kept. All networks share one scale
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for net in (self.critics, self.target_critics, self.average_actor):
@@ -829,6 +844,43 @@ def load_saved(path, keys):
         sys.exit(f"error: {path} is damaged{hint}")
 
 
+def save_checkpoint(run_dir, rb, parts, state):
+    """Where all episodes end: nothing of the simulators needs saving."""
+    rb.save(run_dir)
+    on_gpu = rb.data["obs"].is_cuda
+    rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None]
+    rngs = [rng] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(rngs, rng)  # every rank has saved its episodes now
+    if RANK > 0:
+        return
+    checkpoint = {name: part.state_dict() for name, part in parts.items()}
+    checkpoint |= {"state": state, "rngs": rngs}
+    atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
+    for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(run_dir, rb, parts, state):
+    """The latest one."""
+    checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
+    check(checkpoints, f"{run_dir} has no checkpoint to resume from")
+    check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
+    saved = load_saved(checkpoints[-1], [*parts, "state", "rngs"])
+    ranks = len(saved["rngs"])
+    hint = f"start it with torchrun --nproc-per-node {ranks}" if ranks > 1 else "no torchrun"
+    made = f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}"
+    check(ranks == WORLD_SIZE, f"{made}: {hint}")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    state.update(saved["state"])
+    rb.load(run_dir, state["global_step"] // EPISODE_LENGTH // WORLD_SIZE)
+    rng, cuda_rng = saved["rngs"][RANK]
+    torch.set_rng_state(rng)
+    if rb.data["obs"].is_cuda and cuda_rng is not None:
+        torch.cuda.set_rng_state(cuda_rng)
+
+
 # ROLLOUT AND EVALUATION
 def collect(envs, policy, seed):
     """One episode: obs (N, T+1, 255), actions (N, T, 17) in [-1, 1], Gymnasium's rewards (N, T),
@@ -844,7 +896,8 @@ def collect(envs, policy, seed):
 
 
 def random_torques(noise, obs):
-    """The policy of the first steps: noise N(0, 1) (N, 17), which it moves on, squashed."""
+    """The policy of the first steps: tanh of slowly changing noise (N, 17), N(0, 1), that each call
+    moves on in place."""
     noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)
     return torch.tanh(noise).numpy()
 
@@ -981,7 +1034,7 @@ def parse_args(argv):
     learns = args.learning_starts < args.total_timesteps or args.evaluate
     check(learns, "--learning-starts must be below --total-timesteps")
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    device = args.device  # --device cpu asks for no GPU at all
+    device = args.device
     if device == "auto":
         device = next((gpu for gpu in there if there[gpu]()), "cpu")
     check(device == "cpu" or there[device](), f"--device {device}: PyTorch sees no such GPU here")
@@ -1023,7 +1076,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     threads = machine_limits()[0]
     torch.set_num_threads(threads)
-    clip_reward, size, large = None, (240, 240), (240, 240)
+    clip_reward, size, film_size = None, (240, 240), (240, 240)
     if args.reward == "vlm":
         prompts = args.prompt, args.baseline_prompt
         options = args.clip_alpha, device, args.clip_precision, args.reward_batch_size
@@ -1031,12 +1084,32 @@ def main(argv=None):
         size = (args.image_size,) * 2 if args.image_size else clip_reward.image_size
     envs = VLMHumanoid(args.num_envs // WORLD_SIZE, threads)
     look = args.textures, args.camera, threads
-    with closing(Painter(size, *look)) as painter, closing(Painter(large, *look)) as film_painter:
+    with (
+        closing(Painter(size, *look)) as painter,
+        closing(Painter(film_size, *look)) as film_painter,
+    ):
         print(f"renderer: {painter.name}; task: {args.task or 'not in TASKS, so no success rate'}")
         if "llvmpipe" in painter.name and Path("/dev/nvidiactl").exists():
             warn("the NVIDIA GPU does not draw: in a container, NVIDIA_DRIVER_CAPABILITIES=all is "
                  "missing, elsewhere its EGL vendor file (glvnd/egl_vendor.d)")  # fmt: skip
         return train(args, device, run_dir, envs, painter, film_painter, clip_reward)
+
+
+def stop_on_signals(stopping):
+    """Note SIGINT, SIGTERM and SIGHUP in the list `stopping`; returns the handlers before."""
+
+    def stop(signum, _):
+        stopping.append(signum)
+        again = "once more: at once" if WORLD_SIZE == 1 else "torchrun kills after 30 s"
+        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; {again}")
+        if WORLD_SIZE == 1:  # torchrun passes on what a terminal has sent to every rank already
+            signal.signal(signum, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # which alone may handle them
+    signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
+    return {signum: signal.signal(signum, stop) for signum in signals}
 
 
 def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
@@ -1059,11 +1132,12 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         clock.append(time.perf_counter())
         if clip_reward:
             embeddings = clip_reward.embed_images(frames.reshape(-1, *frames.shape[3:]))
-            rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1)  # (N, T, V)
-            rewards = rewards.mean(-1)
+            # in place of Gymnasium's: (N, T, V), and their mean
+            rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1).mean(-1)
         clock.append(time.perf_counter())
         if infos["unstable"].any():
-            warn("a simulation blew up and was reset by MuJoCo; its episode counts as no success")
+            warn("a simulation blew up and was reset by MuJoCo; its episode counts as no success, "
+                 "its rewards as they are")  # fmt: skip
         finite = np.isfinite(rewards).all() and np.isfinite(obs).all()
         check(finite, f"a reward or an observation is not finite; {go_back}")
         return obs, actions, rewards, success
@@ -1074,6 +1148,39 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     parts = {"sac": sac, "q_optimizer": sac.q_optimizer, "actor_optimizer": sac.actor_optimizer}
     state = {"global_step": 0, "best_return": -math.inf}
     robots, round_steps = args.num_envs // WORLD_SIZE, args.num_envs * EPISODE_LENGTH
+    if args.resume:
+        load_checkpoint(run_dir, rb, parts, state)
+    if RANK == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        except FileExistsError:
+            check(False, f"{run_dir} exists: another run has just taken the name")
+        about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
+        about["mujoco"] = mujoco.__version__
+        (run_dir / "args.tmp").write_text(json.dumps(about, indent=2))
+        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume: it may have more steps
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the folder is there
+        seen = os.access(run_dir, os.W_OK)
+        check(seen, f"rank {RANK} can't write to {run_dir}: all nodes must share it")
+    if not args.resume:
+        save_checkpoint(run_dir, rb, parts, state)  # from now on the run can be resumed
+    if args.track and RANK == 0:
+        try:
+            import wandb
+
+            same = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # across resumes
+            wandb.init(config=asdict(args), sync_tensorboard=True, **same)
+        except Exception as error:  # unreachable, not logged in, ...
+            warn(f"no Weights & Biases: {' '.join(str(error).split())[:200]}")
+    purge_step = state["global_step"] + 1 if args.resume else None
+    writer = SummaryWriter(run_dir, purge_step=purge_step) if RANK == 0 else None
+    if writer and not args.resume:
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    total, stop_now = args.total_timesteps, False
+    bar = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
+    progress = tqdm(total=total, initial=state["global_step"], **bar)
 
     def log(scalars):
         for key, value in scalars.items() if writer else ():
@@ -1106,92 +1213,13 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         log({"eval/success_rate": success_rate(success)} if args.task else {})
         return qpos[:2], success[:2]
 
-    def save():
-        """A checkpoint, where all episodes end: nothing of the simulators needs saving."""
-        rb.save(run_dir)
-        rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if device == "cuda" else None]
-        rngs = [rng] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(rngs, rng)  # every rank has saved its episodes now
-        if RANK > 0:
-            return
-        checkpoint = {name: part.state_dict() for name, part in parts.items()}
-        checkpoint |= {"state": state, "rngs": rngs}
-        atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
-        for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
-            old.unlink()
-
-    def load():
-        """The latest checkpoint."""
-        checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
-        check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-        check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
-        saved = load_saved(checkpoints[-1], [*parts, "state", "rngs"])
-        ranks = len(saved["rngs"])
-        hint = f"start it with torchrun --nproc-per-node {ranks}" if ranks > 1 else "no torchrun"
-        made = f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}"
-        check(ranks == WORLD_SIZE, f"{made}: {hint}")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        state.update(saved["state"])
-        rb.load(run_dir, state["global_step"] // EPISODE_LENGTH // WORLD_SIZE)
-        rng, cuda_rng = saved["rngs"][RANK]
-        torch.set_rng_state(rng)
-        if device == "cuda" and cuda_rng is not None:
-            torch.cuda.set_rng_state(cuda_rng)
-
-    if args.resume:
-        load()
-    if RANK == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        except FileExistsError:
-            check(False, f"{run_dir} exists: another run has just taken the name")
-        about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
-        about["mujoco"] = mujoco.__version__
-        (run_dir / "args.tmp").write_text(json.dumps(about, indent=2))
-        os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume: it may have more steps
-    if WORLD_SIZE > 1:
-        dist.barrier()  # the folder is there
-        seen = os.access(run_dir, os.W_OK)
-        check(seen, f"rank {RANK} can't write to {run_dir}: all nodes must share it")
-    if not args.resume:
-        save()  # from now on the run can be resumed
-    if args.track and RANK == 0:
-        try:
-            import wandb
-
-            same = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # across resumes
-            wandb.init(config=asdict(args), sync_tensorboard=True, **same)
-        except Exception as error:  # unreachable, not logged in, ...
-            warn(f"no Weights & Biases: {' '.join(str(error).split())[:200]}")
-    purge_step = state["global_step"] + 1 if args.resume else None
-    writer = SummaryWriter(run_dir, purge_step=purge_step) if RANK == 0 else None
-    if writer and not args.resume:
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-
-    def stop(signum, _):
-        stopping.append(signum)
-        again = "once more: at once" if WORLD_SIZE == 1 else "torchrun kills after 30 s"
-        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; {again}")
-        if WORLD_SIZE == 1:  # torchrun passes on what a terminal has sent to every rank already
-            signal.signal(signum, signal.SIG_DFL)
-
-    signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
-    if threading.current_thread() is not threading.main_thread():
-        signals = []  # which alone may handle them
-    handlers = {signum: signal.signal(signum, stop) for signum in signals}
-    total, stop_now = args.total_timesteps, False
-    bar = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
-    progress = tqdm(total=total, initial=state["global_step"], **bar)
+    handlers = stop_on_signals(stopping)
     while state["global_step"] < total and not stop_now:
         # collect, draw, score
         policy = sac.actor.act
         if state["global_step"] < args.learning_starts:
             policy = functools.partial(random_torques, torch.randn(robots, ACTION_DIM))
-        # none of these is an evaluation's, some millions
+        # 10^9 and more; evaluations have seeds of 1, 2 and 3 million
         episode_seed = (args.seed + 1) * 10**9 + state["global_step"] + RANK * robots
         obs, actions, rewards, success = play(policy, episode_seed)
         # learn
@@ -1211,7 +1239,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         if due or stop_now:
             if writer:
                 writer.flush()
-            save()
+            save_checkpoint(run_dir, rb, parts, state)
         if pictures:
             film(film_painter, *pictures, run_dir / f"video_{global_step:09d}")
     progress.close()
@@ -1234,7 +1262,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
-    if RANK > 0:  # rank 0 speaks for all
+    if RANK > 0:  # rank 0 prints for all; errors are everyone's
         sys.stdout = open(os.devnull, "w")
     try:
         main()
