@@ -153,7 +153,7 @@ class Args:
     target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the joints
     # second half of total_timesteps: learning rates fall to a tenth, target entropy to threefold
     anneal: bool = True
-    normalize: bool = True  # observations and rewards by the random steps; hidden layers: LayerNorm
+    normalize: bool = True  # scales of observations and rewards; LayerNorm in the hidden layers
     mirror: bool = True  # half of every batch with left and right exchanged, as if worth the same
 
 
@@ -598,8 +598,8 @@ class CLIPReward(nn.Module):
 class MLP(nn.Module):
     """`members` networks evaluated as one: obs (B, 255) [, action (B, 17)] -> (members, B, n_out).
 
-    `scale_obs` holds mean and deviation of the first steps, set once by `SAC.fit`; until then, or
-    with --no-normalize, it changes nothing. (A BatchNorm, always in `eval` mode but there;
+    `scale_obs` holds mean and deviation of the observations, which `SAC.fit` updates once a round;
+    with --no-normalize it changes nothing. (A BatchNorm, always in `eval` mode but there;
     momentum=None makes plain means.) All weights are one parameter: an Adam step, a moving average
     or an average over ranks is one operation. `layers()` cuts it up into views, through which the
     gradient flows.
@@ -679,7 +679,7 @@ class ReplayBuffer:
         rows = torch.arange(self.total, self.total + len(episodes["rewards"])) % self.size
         for key, values in episodes.items():
             self.data[key][rows] = torch.as_tensor(values).to(self.data[key])
-        self.total += len(rows)
+        self.total, self.newest = self.total + len(rows), rows
 
     def save(self, folder):
         """Write a new chunk; delete those that the checkpoint before does not need either."""
@@ -731,9 +731,14 @@ class SAC(nn.Module):
         self.actor_optimizer = adam([{"params": [p]} for p in (self.actor.weights, self.log_alpha)])
 
     def fit(self, rb):
-        """Set the scales of observations and rewards by what the buffer holds."""
-        obs, _, rewards = (ring[: len(rb)].flatten(0, 1) for ring in rb.data.values())
-        for scale, x in ((self.actor.scale_obs, obs), (self.scale_reward, rewards[:, None])):
+        """The scale of rewards is set once, by the random steps. That of observations follows the
+        policy, as the mean over the random steps and every round since: a robot that keeps its
+        balance moves by a fraction of what one does that falls."""
+        first = self.scale_reward.num_batches_tracked == 0
+        rows = torch.arange(len(rb)) if first else rb.newest
+        obs, _, rewards = (ring[rows].flatten(0, 1) for ring in rb.data.values())
+        scales = [(self.actor.scale_obs, obs)] + [(self.scale_reward, rewards[:, None])] * first
+        for scale, x in scales:
             scale.train()(x)
             scale.eval()
             average(scale.running_mean, scale.running_var)  # at least the same on every rank
@@ -796,7 +801,7 @@ class SAC(nn.Module):
         # [1] is the entropy coefficient's, which has to follow the falling target
         for optimizer in (self.q_optimizer, self.actor_optimizer):
             optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.learning_rate
-        if args.normalize and self.scale_reward.num_batches_tracked == 0:
+        if args.normalize:
             self.fit(rb)
         for batch in self.batches(rb):
             losses = self.update_critics(*batch)
