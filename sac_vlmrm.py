@@ -136,8 +136,8 @@ class Args:
     resume: str = ""  # run folder to go on with, with its own flags
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # of the final evaluation
-    eval_frequency: int = 10_000  # steps between checkpoints, with a short evaluation
-    select_episodes: int = 8  # of the short one; twice as many more confirm a new best policy
+    eval_frequency: int = 10_000  # steps between checkpoints; once it learns, with an evaluation
+    select_episodes: int = 8  # of these evaluations; twice as many more confirm a new best policy
     # SAC
     total_timesteps: int = 60_000  # of all robots together
     num_envs: int = 8  # robots
@@ -660,7 +660,8 @@ class Actor(MLP):
 
 # ALGO LOGIC: replay buffer and learner
 class ReplayBuffer:
-    """Ring of whole episodes: obs (E, T+1, 255), actions (E, T, 17), rewards (E, T).
+    """Ring of whole episodes: obs (E, T+1, 255), actions (E, T, 17), rewards (E, T). `newest`: the
+    rows of those that were added last.
 
     Saving writes only what is new, as one chunk: a million steps are neither a pause nor a copy.
     """
