@@ -73,7 +73,7 @@ from sac_vlmrm import (
     atomic_save,
     check,
     goal_states,
-    machine_limits,
+    usable_cores,
     warn,
 )
 
@@ -262,7 +262,7 @@ def visited_states(run, count):
 
 
 def painter_of(args, size):
-    return Painter(size, args.textures, (args.camera,), machine_limits()[0])
+    return Painter(size, args.textures, (args.camera,), usable_cores())
 
 
 def make_frames(args, size, path):

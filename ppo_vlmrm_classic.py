@@ -37,7 +37,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,7 +81,6 @@ class Args:
     seed: int = 1  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
     run_name: str = ""  # folder below runs/; made from scene, seed and time if not given
-    track: bool = False  # also log to Weights & Biases
     landscape_only: bool = False  # stop after the reward landscape and its EPIC distances
     resume: str = ""  # run folder to go on with, with its own flags
     evaluate: str = ""  # run folder whose best policy to evaluate
@@ -114,7 +112,7 @@ class Args:
 # action is held for 20 steps and drawn wide: 1 in 3 such random episodes reaches the top.
 SWING = {"action_repeat": 20, "num_envs": 16, "total_timesteps": 400_000, "ent_coef": 0.01}
 DEFAULTS = {"CartPole-v1": {}, "MountainCarContinuous-v0": SWING}
-MAY_CHANGE = "resume", "device", "total_timesteps", "track", "eval_episodes", "reward_batch_size"
+MAY_CHANGE = "resume", "device", "total_timesteps", "eval_episodes", "reward_batch_size"
 
 
 def check(ok, message):
@@ -365,7 +363,7 @@ def load_clip(clip_model, device, precision):
 
     `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them.
     """
-    asked, look, weights = f"--clip-model {clip_model}", {}, []
+    asked, look, weights, quick_gelu = f"--clip-model {clip_model}", {}, [], False
     name, _, pretrained = clip_model.partition("/")
     if clip_model.startswith("hf-hub:"):
         name, pretrained = clip_model, None
@@ -378,23 +376,20 @@ def load_clip(clip_model, device, precision):
         known = pretrained in tags or Path(pretrained).is_file()
         listed = ", ".join(tags) or "none"
         check(known, f"{asked}: not NAME/TAG, nor NAME/FILE; tags of {name}: {listed}")
-        plain = name.removesuffix("-quickgelu")
-        quick = f"{plain}-quickgelu"
         if pretrained in tags:
-            right = quick if published[pretrained].get("quick_gelu") else plain
-            wrong = right != name and right in open_clip.list_models()
-            check(not wrong, f"{asked}: trained with another activation; use {right}/{pretrained}")
+            quick_gelu = published[pretrained].get("quick_gelu", False)
         else:  # a file does not say how its pictures were normalised: ask the published weights
             keys = "mean", "std", "interpolation", "resize_mode"
             looks = [{k: cfg[k] for k in keys if cfg.get(k)} for cfg in published.values()] or [{}]
             look, hint = looks[0], "use local-dir:FOLDER with an open_clip_config.json"
             alike = all(other == look for other in looks)
             check(alike, f"{asked}: the weights of {name} differ in how they normalise; {hint}")
-            if name == plain and quick in open_clip.list_models():
-                warn(f"{asked} is taken for GELU; if with QuickGELU, use {quick}/FILE")
+            if f"{name}-quickgelu" in open_clip.list_models():
+                warn(f"{asked} is taken for GELU; if with QuickGELU, use {name}-quickgelu/FILE")
     try:
         new = functools.partial(open_clip.create_model, precision=precision, device=device)
-        model = new(name, pretrained, force_preprocess_cfg=look, require_pretrained=not weights)
+        force = {"force_preprocess_cfg": look, "force_quick_gelu": quick_gelu}
+        model = new(name, pretrained, require_pretrained=not weights, **force)
         for file in weights:
             open_clip.load_checkpoint(model, str(file))
         tokenizer = open_clip.get_tokenizer(name)
@@ -586,8 +581,6 @@ def film(scene, states, in_goal, textured, path):
         rows = [np.concatenate(row, axis=1) for row in frames[:, 19::20, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
         iio.imwrite(path.with_suffix(".mp4"), np.concatenate(frames[:4], axis=2), fps=50)
-        if getattr(wandb := sys.modules.get("wandb"), "run", None):
-            wandb.log({"video": wandb.Video(str(path.with_suffix(".mp4")))})
     except Exception as error:
         warn(f"no video: {' '.join(str(error).split())[:200]}")
 
@@ -724,7 +717,6 @@ def parse_args(argv):
         device = next((gpu for gpu in there if there[gpu]()), "cpu")
     check(device == "cpu" or there[device](), f"--device {device}: PyTorch sees no such GPU here")
     check(device != "cpu" or args.clip_precision == "fp32", "--clip-precision needs a GPU")
-    check(not args.track or find_spec("wandb"), "--track needs: pip install wandb")
     check(args.seed < 2**32, "--seed must be below 2^32")
     good = args.run_name.isprintable() and len(args.run_name) < 100
     check(good, "--run-name must be printable and shorter than 100 characters")
@@ -823,14 +815,6 @@ def main(argv=None):
     if not args.resume:
         (run_dir / "epic.json").write_text(json.dumps(epic, indent=2) + "\n")
         save()  # from now on the run can be resumed
-    if args.track:
-        try:
-            import wandb
-
-            same = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # across resumes
-            wandb.init(config=asdict(args), sync_tensorboard=True, **same)
-        except Exception as error:  # unreachable, not logged in, ...
-            warn(f"no Weights & Biases: {' '.join(str(error).split())[:200]}")
     writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
     if not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())

@@ -46,7 +46,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from ctypes.util import find_library
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,7 +131,6 @@ class Args:
     seed: int = 1  # of everything random
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
     run_name: str = ""  # folder below runs/; made from task, seed and time if not given
-    track: bool = False  # also log to Weights & Biases
     resume: str = ""  # run folder to go on with, with its own flags
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # of the final evaluation
@@ -174,7 +172,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 # flags that another part of the same run may have
-MAY_CHANGE = "resume", "device", "total_timesteps", "track", "eval_episodes", "reward_batch_size"
+MAY_CHANGE = "resume", "device", "total_timesteps", "eval_episodes", "reward_batch_size"
 
 
 def check(ok, message):
@@ -471,7 +469,7 @@ def load_clip(clip_model, device, precision):
 
     `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them.
     """
-    asked, look, weights = f"--clip-model {clip_model}", {}, []
+    asked, look, weights, quick_gelu = f"--clip-model {clip_model}", {}, [], False
     name, _, pretrained = clip_model.partition("/")
     if clip_model.startswith("hf-hub:"):
         name, pretrained = clip_model, None
@@ -484,23 +482,20 @@ def load_clip(clip_model, device, precision):
         known = pretrained in tags or Path(pretrained).is_file()
         listed = ", ".join(tags) or "none"
         check(known, f"{asked}: not NAME/TAG, nor NAME/FILE; tags of {name}: {listed}")
-        plain = name.removesuffix("-quickgelu")
-        quick = f"{plain}-quickgelu"
         if pretrained in tags:
-            right = quick if published[pretrained].get("quick_gelu") else plain
-            wrong = right != name and right in open_clip.list_models()
-            check(not wrong, f"{asked}: trained with another activation; use {right}/{pretrained}")
+            quick_gelu = published[pretrained].get("quick_gelu", False)
         else:  # a file does not say how its pictures were normalised: ask the published weights
             keys = "mean", "std", "interpolation", "resize_mode"
             looks = [{k: cfg[k] for k in keys if cfg.get(k)} for cfg in published.values()] or [{}]
             look, hint = looks[0], "use local-dir:FOLDER with an open_clip_config.json"
             alike = all(other == look for other in looks)
             check(alike, f"{asked}: the weights of {name} differ in how they normalise; {hint}")
-            if name == plain and quick in open_clip.list_models():
-                warn(f"{asked} is taken for GELU; if with QuickGELU, use {quick}/FILE")
+            if f"{name}-quickgelu" in open_clip.list_models():
+                warn(f"{asked} is taken for GELU; if with QuickGELU, use {name}-quickgelu/FILE")
     try:
         new = functools.partial(open_clip.create_model, precision=precision, device=device)
-        model = new(name, pretrained, force_preprocess_cfg=look, require_pretrained=not weights)
+        force = {"force_preprocess_cfg": look, "force_quick_gelu": quick_gelu}
+        model = new(name, pretrained, require_pretrained=not weights, **force)
         for file in weights:
             open_clip.load_checkpoint(model, str(file))
         tokenizer = open_clip.get_tokenizer(name)
@@ -933,8 +928,6 @@ def film(painter, qpos, success, path):
         rows = [np.concatenate(row, axis=1) for row in frames[:, 9::10, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
         iio.imwrite(path.with_suffix(".mp4"), np.concatenate(frames[:4], axis=2), fps=33)
-        if getattr(wandb := sys.modules.get("wandb"), "run", None):  # with --track
-            wandb.log({"video": wandb.Video(str(path.with_suffix(".mp4")))})
     except Exception as error:
         warn(f"no video: {' '.join(str(error).split())[:200]}")
 
@@ -971,21 +964,17 @@ def final_evaluation(args, run_dir, play, actor, painter):
 
 
 # MAIN
-def machine_limits():
-    """Cores and bytes of memory that this process may use; in a container, those of its cgroup."""
-    cores, memory = min(torch.get_num_threads(), os.cpu_count()), math.inf
+def usable_cores():
+    """Cores that this rank may use; in a container, its share of those of the cgroup."""
+    cores = torch.get_num_threads()
     if LOCAL_WORLD_SIZE > 1:  # torchrun sets OMP_NUM_THREADS=1
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
         cores = len(affinity(0))
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cpu, ram = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/memory.max")
+    cpu = Path("/sys/fs/cgroup/cpu.max")
     if cpu.is_file() and not cpu.read_text().startswith("max"):
         quota, period = map(int, cpu.read_text().split())
         cores = min(cores, max(1, quota // period))
-    if ram.is_file() and not ram.read_text().startswith("max"):
-        memory = min(memory, int(ram.read_text()))
-    return max(1, cores // LOCAL_WORLD_SIZE), memory / LOCAL_WORLD_SIZE
+    return max(1, cores // LOCAL_WORLD_SIZE)
 
 
 def parse_args(argv):
@@ -1057,10 +1046,6 @@ def parse_args(argv):
     for key in ("num_envs", "batch_size", "buffer_size"):
         value, flag = getattr(args, key), f"--{key.replace('_', '-')}"
         check(value % WORLD_SIZE == 0, f"{flag} {value} can't be shared by {WORLD_SIZE} ranks")
-    needed = args.buffer_size // WORLD_SIZE * 4 * (OBS_DIM + ACTION_DIM + 1)  # bytes
-    memory = torch.cuda.mem_get_info()[0] if device == "cuda" else machine_limits()[1]
-    check(needed < 0.9 * memory, f"--buffer-size needs {needed / 1e9:.1f} GB of memory")
-    check(not args.track or find_spec("wandb"), "--track needs: pip install wandb")
     check(args.seed < 2**32, "--seed must be below 2^32")
     good = args.run_name.isprintable() and len(args.run_name) < 100
     check(good, "--run-name must be printable and shorter than 100 characters")
@@ -1080,7 +1065,7 @@ def main(argv=None):
         parent = next(folder for folder in run_dir.absolute().parents if folder.exists())
         check(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} is not writable")
     torch.manual_seed(args.seed)
-    threads = machine_limits()[0]
+    threads = usable_cores()
     torch.set_num_threads(threads)
     clip_reward, size, film_size = None, (240, 240), (240, 240)
     if args.reward == "vlm":
@@ -1171,14 +1156,6 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         check(seen, f"rank {RANK} can't write to {run_dir}: all nodes must share it")
     if not args.resume:
         save_checkpoint(run_dir, rb, parts, state)  # from now on the run can be resumed
-    if args.track and RANK == 0:
-        try:
-            import wandb
-
-            same = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # across resumes
-            wandb.init(config=asdict(args), sync_tensorboard=True, **same)
-        except Exception as error:  # unreachable, not logged in, ...
-            warn(f"no Weights & Biases: {' '.join(str(error).split())[:200]}")
     purge_step = state["global_step"] + 1 if args.resume else None
     writer = SummaryWriter(run_dir, purge_step=purge_step) if RANK == 0 else None
     if writer and not args.resume:

@@ -55,7 +55,7 @@ DEFAULT = sac_vlmrm.Args()
 REPEATS = 5
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-THREADS = sac_vlmrm.machine_limits()[0]
+THREADS = sac_vlmrm.usable_cores()
 torch.set_num_threads(THREADS)
 
 

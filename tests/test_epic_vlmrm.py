@@ -273,7 +273,6 @@ def error(*argv):
     ("--compare-prompt kneeling", "one --task"),
     ("--task lotus --task splits --prompt sitting", "one --task"),
     ("--clip-model RN50/nothing", "nothing"),
-    ("--clip-model RN50/openai", "RN50-quickgelu/openai"),
 ])  # fmt: skip
 def test_bad_flags(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -157,10 +157,16 @@ def test_file_whose_normalisation_is_ambiguous_is_refused(tmp_path, error_of):
     assert "local-dir" in error_of(*PROMPT, "--clip-model", f"ViT-L-14/{tmp_path}/weights.pt")
 
 
-@pytest.mark.parametrize("name", ["RN50", "ViT-B-32", "ViT-L-14-336"])
-def test_quickgelu_mismatch_names_the_right_model(error_of, name):
-    error = error_of(*PROMPT, "--clip-model", f"{name}/openai")
-    assert f"use {name}-quickgelu/openai" in error
+def test_a_tag_brings_the_activation_it_was_trained_with(tmp_path, monkeypatch):
+    """OpenAI's with QuickGELU, whether the name says so or not; LAION's with GELU."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
+        repo = open_clip.get_pretrained_cfg("ViT-B-32", tag)["hf_hub"].strip("/")
+        folder = models.hub_cache(tmp_path, repo)
+        models.hollow_weights("ViT-B-32", folder / "open_clip_pytorch_model.bin")
+        model, _, _ = sac_vlmrm.load_clip(f"ViT-B-32/{tag}", "cpu", "fp32")
+        kinds = {type(module) for module in model.modules()}
+        assert (open_clip.transformer.QuickGELU in kinds) == quick
 
 
 @pytest.mark.parametrize(

@@ -407,21 +407,15 @@ def test_a_second_signal_ends_at_once():
 
 
 # what must not end a run
-WANDB = "class Settings: pass\ndef init(*_, **__): raise OSError('no route to host')\n"
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, small):
-    """A run under nohup that is hung up on, without ffmpeg, without the tracker that it asks for.
+    """A run under nohup that is hung up on, without ffmpeg.
 
     Its folder, output, exit status, and the children that it ever had for more than a second.
     """
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "wandb.py").write_text(WANDB)
-    environ = {"IMAGEIO_FFMPEG_EXE": "/nonexistent/ffmpeg", "PYTHONPATH": str(folder)}
-    process = start(
-        *small, "--track", before=["nohup"], cwd=folder, env=os.environ | environ, stdin=-3
-    )
+    environ = {"IMAGEIO_FFMPEG_EXE": "/nonexistent/ffmpeg"}
+    process = start(*small, before=["nohup"], cwd=folder, env=os.environ | environ, stdin=-3)
     wait_for(process, "checkpoint_*.pt", folder / "runs/run")
     first_seen, children, hung_up = {}, set(), False
     while process.poll() is None:
@@ -448,14 +442,13 @@ def test_it_is_one_process(undisturbed):
     assert undisturbed[3] == set()
 
 
-def test_neither_ffmpeg_nor_a_tracker_is_worth_a_run(undisturbed, whole):
-    """One line tells of each."""
+def test_a_run_outlives_a_missing_ffmpeg(undisturbed, whole):
+    """One line tells of it."""
     run, output, status, _ = undisturbed
     assert status == 0 and json.loads((run / "eval.json").read_text()) == whole[1]
     assert not list(run.glob("*.mp4")) and "Traceback" not in output
     warnings = re.findall(r"warning: (.*)", output)
-    assert len(warnings) == 2, warnings
-    assert "no route to host" in warnings[0] and "no video" in warnings[1]
+    assert len(warnings) == 1 and "no video" in warnings[0], warnings
 
 
 # faults
@@ -587,7 +580,6 @@ BAD = [
     ([*KNEEL, "--target-entropy", "nan"], "--target-entropy"),
     ([*KNEEL, "--batch-size", "300000"], "--buffer-size must be at least 300000"),
     ([*KNEEL, "--buffer-size", "300"], "--buffer-size must be at least 800"),
-    ([*KNEEL, "--buffer-size", "9000000000"], "memory"),
     ([*KNEEL, "--learning-starts", "100000"], "--learning-starts"),
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
     ([*KNEEL, "--image-size", "100000"], "--image-size"),
@@ -599,7 +591,6 @@ BAD = [
     ([*KNEEL, "--eval-episodes", "0"], "--eval-episodes"),
     ([*KNEEL, "--run-name", "taken"], "exists"),
     ([*KNEEL, "--run-name", "file/x"], "not writable"),
-    ([*KNEEL, "--track"], "--track needs: pip install wandb"),
     (["--resume", "nowhere"], "there is no such folder"),
     (["--evaluate", "nowhere"], "there is no such folder"),
     (["--evaluate", "runs/taken"], "not a run folder"),
@@ -611,8 +602,7 @@ BAD = [
 @pytest.mark.parametrize(
     "flags, words", BAD, ids=[" ".join(flags[2:] or flags) for flags, _ in BAD]
 )
-def test_bad_input_is_one_clear_line(flags, words, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+def test_bad_input_is_one_clear_line(flags, words):
     Path("runs/taken").mkdir(parents=True)
     Path("runs/file").write_text("")
     with pytest.raises(SystemExit) as end:
