@@ -287,4 +287,16 @@ SENTENCES = {
         [KNEES_UP],
         [SIT, LOTUS, SQUAT, SPLITS, {**KNEES_UP, "pitch": -70}, {**KNEES_UP, "height": 0.1}],
     ),
+    "lying face down": (
+        [{**STAND, "pitch": 90}, {**STAND, "pitch": 88, "hip_x": -20}],
+        [{**STAND, "pitch": -90}, BELLY, BOW, POSES["kneeling"][1]["on all fours"]],
+    ),
+    "kneeling with its arms out to the sides": (
+        [{**KNEEL, **OUT}],
+        [KNEEL, {**KNEEL, **UP}, {**KNEEL, **FORWARD}, {**STAND, **OUT}],
+    ),
+    "standing up with its hands at its head": (
+        [{**STAND, **AT_HEAD}],
+        [STAND, {**STAND, **UP}, {**STAND, **CROSSED}, {**KNEEL, **AT_HEAD}],
+    ),
 }

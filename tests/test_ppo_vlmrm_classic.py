@@ -296,11 +296,11 @@ def start(command, run_dir, step):
 
 @pytest.mark.parametrize("env_id", ppo.SCENES)
 def test_a_killed_run_resumes_bit_for_bit(env_id):
-    """SIGKILL at three moments, each followed by --resume, against one uninterrupted run."""
+    """SIGKILL at two moments, each followed by --resume, against one uninterrupted run."""
     flags = ["--env-id", env_id, *SMALL, "--total-timesteps", "4000"]
     ppo.main([*flags, "--run-name", "whole"])
     command = [*SCRIPT, *flags, "--run-name", "killed"]
-    for step in (800, 1600, 2400):  # kill once the run has got beyond these steps
+    for step in (800, 2400):  # kill once the run has got beyond these steps
         process = start(command, "runs/killed", step)
         process.kill()
         process.communicate()
@@ -309,18 +309,17 @@ def test_a_killed_run_resumes_bit_for_bit(env_id):
     assert_same(Path("runs/whole"), Path("runs/killed"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_run_at_a_safe_point(signum):
+def test_a_signal_ends_the_run_at_a_safe_point():
     """With a checkpoint and code 0; what follows is as if it had not been stopped."""
     flags = [*SMALL, "--total-timesteps", "4000"]
     ppo.main([*flags, "--run-name", "whole"])
     process = start([*SCRIPT, *flags, "--run-name", "stopped"], "runs/stopped", 800)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and "Traceback" not in output
     if not Path("runs/stopped/checkpoint_000004000.pt").exists():  # else it outran the signal
         assert len(list(Path("runs/stopped").glob("checkpoint_*.pt"))) == 2
-        assert signum == signal.SIGHUP or "go on with --resume runs/stopped" in output
+        assert "go on with --resume runs/stopped" in output
         resume("runs/stopped")
     assert_same(Path("runs/whole"), Path("runs/stopped"))
 

@@ -86,6 +86,15 @@ GOALS = {
     "a humanoid robot sitting with knees pulled up": lambda b: (
         b.seat < 0.05 and b.upright > 0.7 and b.knees.min() > 0.25 and b.feet.max() < 0.1
     ),
+    "a humanoid robot lying face down": lambda b: (
+        b.chest_up < -0.8 and b.height < 0.25 and b.seat < 0.2 and b.knees.max() < 0.1
+    ),
+    "a humanoid robot kneeling with its arms out to the sides": lambda b: (
+        b.kneels and b.hands_out.min() > 0.5 and abs(b.hands_up).max() < 0.3
+    ),
+    "a humanoid robot standing up with its hands at its head": lambda b: (
+        b.stands and b.from_head.max() < 0.25
+    ),
 }
 
 
