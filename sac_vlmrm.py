@@ -469,38 +469,38 @@ def load_clip(clip_model, device, precision):
 
     `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them.
     """
-    asked, look, weights, quick_gelu = f"--clip-model {clip_model}", {}, [], False
+    flag, weights = f"--clip-model {clip_model}", []
     name, _, pretrained = clip_model.partition("/")
+    options = {"precision": precision, "device": device, "require_pretrained": True}
     if clip_model.startswith("hf-hub:"):
         name, pretrained = clip_model, None
     elif clip_model.startswith("local-dir:"):
         name, pretrained = f"local-dir:{local_folder(clip_model)}", None
         weights = sorted(local_folder(clip_model).glob("*.pt"))  # open_clip does not look for these
+        options["require_pretrained"] = not weights
     else:
         tags = open_clip.list_pretrained_tags_by_model(name)
         published = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in tags}
         known = pretrained in tags or Path(pretrained).is_file()
-        listed = ", ".join(tags) or "none"
-        check(known, f"{asked}: not NAME/TAG, nor NAME/FILE; tags of {name}: {listed}")
-        if pretrained in tags:
-            quick_gelu = published[pretrained].get("quick_gelu", False)
+        tags = ", ".join(tags) or "none"
+        check(known, f"{flag}: not NAME/TAG, nor NAME/FILE; tags of {name}: {tags}")
+        if pretrained in published:
+            options["force_quick_gelu"] = published[pretrained].get("quick_gelu", False)
         else:  # a file does not say how its pictures were normalised: ask the published weights
             keys = "mean", "std", "interpolation", "resize_mode"
             looks = [{k: cfg[k] for k in keys if cfg.get(k)} for cfg in published.values()] or [{}]
-            look, hint = looks[0], "use local-dir:FOLDER with an open_clip_config.json"
-            alike = all(other == look for other in looks)
-            check(alike, f"{asked}: the weights of {name} differ in how they normalise; {hint}")
+            alike, hint = looks.count(looks[0]) == len(looks), "use local-dir:FOLDER"
+            check(alike, f"{flag}: the weights of {name} differ in how they normalise; {hint}")
+            options["force_preprocess_cfg"] = looks[0]
             if f"{name}-quickgelu" in open_clip.list_models():
-                warn(f"{asked} is taken for GELU; if with QuickGELU, use {name}-quickgelu/FILE")
+                warn(f"{flag} is taken for GELU; if with QuickGELU, use {name}-quickgelu/FILE")
     try:
-        new = functools.partial(open_clip.create_model, precision=precision, device=device)
-        force = {"force_preprocess_cfg": look, "force_quick_gelu": quick_gelu}
-        model = new(name, pretrained, require_pretrained=not weights, **force)
+        model = open_clip.create_model(name, pretrained, **options)
         for file in weights:
             open_clip.load_checkpoint(model, str(file))
         tokenizer = open_clip.get_tokenizer(name)
     except ImportError as error:
-        sys.exit(f"error: {asked}: pip install transformers sentencepiece ({error})")
+        sys.exit(f"error: {flag}: pip install transformers sentencepiece ({error})")
     except Exception as error:  # a broken or foreign file, a failed download: each raises its own
         hint = "offline, download the whole repository and use local-dir:FOLDER"
         if "weights_only" in str(error) or "TorchScript" in str(error):
@@ -508,7 +508,7 @@ def load_clip(clip_model, device, precision):
             state = "torch.jit.load(FILE).state_dict()" if "TorchScript" in str(error) else state
             hint = f"it is more than weights; if you trust it, torch.save({state}, 'weights.pt')"
         reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
-        sys.exit(f"error: {asked} can't be loaded ({reason}); {hint}")
+        sys.exit(f"error: {flag} can't be loaded ({reason}); {hint}")
     look = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     preprocess = open_clip.transform.image_transform_v2(look, is_train=False)
     return model.eval().requires_grad_(False), preprocess, tokenizer
