@@ -1,14 +1,17 @@
 """The shipped CLIP: finds its weights from anywhere, ranks poses, pays for nothing but pixels."""
 
 import json
+import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from poses import KNEEL, POSES, STAND, qpos_of
+from safetensors.torch import load_file, save_file
 
 import epic_vlmrm
 import sac_vlmrm
@@ -16,6 +19,7 @@ import sac_vlmrm
 ROOT = Path(sac_vlmrm.__file__).parent
 sys.path.append(str(ROOT / "tiny_clip"))
 import scaling
+import train
 
 KNEELING, BASELINE = "a humanoid robot kneeling", ("a humanoid robot",)
 
@@ -74,6 +78,17 @@ def test_unknown_words_draw_a_warning(load, printed):
     assert "warning" not in printed(load, "local-dir:tiny_clip", (KNEELING,), BASELINE)
 
 
+def test_the_average_of_two_models_has_their_mean_weights(tmp_path):
+    weights = load_file(ROOT / "tiny_clip" / "open_clip_model.safetensors")
+    shutil.copytree(ROOT / "tiny_clip", tmp_path / "other")
+    moved = {key: value + 2 for key, value in weights.items()}
+    save_file(moved, tmp_path / "other" / "open_clip_model.safetensors")
+    train.average([ROOT / "tiny_clip", tmp_path / "other"], tmp_path / "mean")
+    for key, mean in load_file(tmp_path / "mean" / "open_clip_model.safetensors").items():
+        torch.testing.assert_close(mean, weights[key] + 1, rtol=2e-3, atol=2e-3)
+    open_clip.create_model(f"local-dir:{tmp_path}/mean")
+
+
 def test_scaling_reads_what_is_there(tmp_path, monkeypatch, capsys):
     """A study that was stopped: one CLIP lacks three of its four policies, the other one."""
     monkeypatch.chdir(tmp_path)
@@ -98,6 +113,9 @@ def test_scaling_reads_what_is_there(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| 0.500 / 0.600 | 0.400 (0.5) / 0.600 (0) | - / 50% (50%) | - / - |" in printed
     assert "| 0.300 | 0.300 (0) | 25% (50%) / 50% (50%) | - / 50% (50%) |" in printed
-    samples = {"clip4": 12_000 * 7, "shipped": 70_000 * 9 + 2 * 55_000 * 3.5}  # of equal size
+    samples = {
+        "clip4": 12_000 * 7,
+        "shipped": 70_000 * 9 + 4 * 55_000 * 3.5 + 33_000 * 3,
+    }  # of equal size
     each = {found[size]["compute"] / count for size, count in samples.items()}
     assert max(each) == pytest.approx(min(each)) and Path("scaling.png").stat().st_size > 10_000

@@ -15,6 +15,7 @@ to report EPIC distances at the end.
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from contextlib import closing
@@ -28,7 +29,7 @@ import open_clip
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -54,6 +55,7 @@ class Args:
     visit: tuple[Path, ...] = ()  # run folders whose states are added to visited_states.npz
     visit_states: int = 2000  # states to take from each of them
     unseen: tuple[Path, ...] = ()  # run folders whose states are only measured on
+    average: tuple[Path, ...] = ()  # folders of models whose mean is put in --out and measured
     report_only: bool = False  # measure the model in --out again, do not train
 
 
@@ -485,19 +487,27 @@ def describe(poser, qpos):
     foot_at = [seen_from(data, "pelvis", geom(f"{s}_foot")) for s in sides]
     knee_at = [seen_from(data, "pelvis", body(f"{s}_shin")) for s in sides]
     airborne = poser.lowest() > 0.05
-    # people differ in what they call upright, raised, on the hips, crossed: the reward gets slopes
-    upright = poser.rng.uniform(8, 36)  # degrees
-    raised_above = poser.rng.uniform(0.15, 0.4)
-    near_hip, past_middle = poser.rng.uniform(0.09, 0.18), poser.rng.uniform(0.0, 0.09)
+    # People differ in where they draw a line. A cosine that softmax has trained falls with the
+    # logarithm of the odds, so with a logistic line the reward falls evenly: a slope to keep one's
+    # balance on, where a sharp line would make a cliff.
+    line = poser.rng.logistic
+    upright, straight, apart = (
+        line(18, 4.5),
+        line(25, 5),
+        line(92, 5),
+    )  # torso, knees, thighs: degrees
+    tall, low, lifted = line(1.22, 0.02), line(0.06, 0.015), line(0.12, 0.015)  # torso, seat, foot
+    raised_above, near_hip = poser.rng.uniform(0.15, 0.4), poser.rng.uniform(0.09, 0.18)
+    past_middle, at_chest = line(0.07, 0.02), line(0.2, 0.03)
 
     if airborne:
         posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
     elif torso[2, 2] < -0.4 and height > 0.3:
         posture = "upside down"
     elif max(knees) < 0.025 and tilt < 75:
-        if seat < 0.07 and tilt < 50:
+        if seat < low and tilt < 50:
             posture = "sitting between heels" if max(bend) > 60 else "half splits"
-            posture = "splits" if spread > 85 and max(bend) < 40 else posture
+            posture = "splits" if spread > apart and max(bend) < straight else posture
             if tilt > upright + 12:
                 posture = "sitting leaning back" if lean == "back" else "toppling"
         elif max(hands) < 0.06 and tilt > 30:
@@ -510,15 +520,16 @@ def describe(poser, qpos):
             posture = f"kneeling leaning {lean}"
             if lean == "back" and tilt > 38:
                 posture = "kneeling far back"
-    elif seat < 0.07 and tilt < 75:
-        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > 0.08
+    elif seat < low and tilt < 75:
+        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > line(0.1, 0.02)
         wide = wide and min(bend) > 70
         if tilt > upright + 12:
             posture = "sitting leaning back" if lean == "back" else "toppling"
-        elif wide and max(knees) < 0.28:
+        elif wide and max(knees) < line(0.26, 0.02):
             posture = "lotus"
         elif max(bend) < 40:
-            posture = "splits" if spread > 85 else "half splits" if spread > 45 else "sitting"
+            posture = "half splits" if spread > 45 else "sitting"
+            posture = "splits" if spread > apart and max(bend) < straight else posture
         else:
             posture = "half lotus" if spread > 55 else "sitting knees up"
     elif min(knees) < 0.025 and tilt < 40 and height > 0.6:
@@ -526,9 +537,9 @@ def describe(poser, qpos):
     elif np.mean(knees) < 0.16 and tilt < 45 and 0.6 < height < 1.05 and seat > 0.12:
         posture = "about to kneel"
     elif tilt < upright and height > 1.0:
-        if max(feet) > 0.1 and height > 1.1:
+        if max(feet) > lifted and height > tall - 0.06:
             posture = "one leg"
-        elif height < 1.16:
+        elif height < tall:
             posture = "standing with bent knees"
         else:
             posture = "one foot lifted" if max(feet) > 0.04 else "standing"
@@ -564,7 +575,7 @@ def describe(poser, qpos):
             hold.append("head")
         elif hip < near_hip:
             hold.append("hips")
-        elif y < -past_middle and x > 0.03 and abs(z) < 0.27:
+        elif y < -past_middle and x > 0.03 and abs(z) < at_chest:
             hold.append("crossed")
         elif y < 0.08 and x > 0.08 and abs(z) < 0.3:
             hold.append("together")
@@ -748,9 +759,11 @@ def report(args, tests):
     clip = sac_vlmrm.CLIPReward(clip_model, (robot,), (robot,))
     postures = [name for name in CONCEPTS if not name.startswith(ATTRIBUTES) and ", " not in name]
     captions = [CONCEPTS[name][0].replace("{s}", robot) for name in postures]
-    # what the weights do not depend on
-    other = "out", "visit", "visit_states", "unseen", "report_only"
-    result = {"args": {key: value for key, value in asdict(args).items() if key not in other}}
+    result = {}
+    if not (args.average or args.report_only):
+        # what the weights do not depend on
+        other = "out", "visit", "visit_states", "unseen", "average", "report_only"
+        result["args"] = {key: value for key, value in asdict(args).items() if key not in other}
     for test, (frames, concepts, labels) in tests.items():
         with torch.inference_mode():
             text = F.normalize(model.encode_text(tokenizer(captions)), dim=-1)
@@ -791,8 +804,22 @@ def visited_states(runs, count, rng):
     return np.concatenate(states)
 
 
+def average(folders, out):
+    """The mean of models that were trained from the same start (Wortsman et al., "Model soups:
+    averaging weights of multiple fine-tuned models improves accuracy", 2022)."""
+    models = [load_file(folder / "open_clip_model.safetensors") for folder in folders]
+    shutil.copytree(folders[0], out, dirs_exist_ok=True)
+    mean = {
+        key: torch.stack([model[key].float() for model in models]).mean(0).to(value.dtype)
+        for key, value in models[0].items()
+    }
+    save_file(mean, out / "open_clip_model.safetensors")
+
+
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
+    if args.average:
+        average(args.average, args.out)
     weights = args.start and args.start / "open_clip_model.safetensors"
     sac_vlmrm.check(not weights or weights.is_file(), f"--start {args.start}: no {weights}")
     started = time.time()
@@ -818,13 +845,14 @@ def main(argv=None):
     unseen = visited_states(args.unseen, args.visit_states, rng) if args.unseen else []
     parts = np.split(unseen, range(1000, len(unseen), 1000))
     held_out += [(0, len(part), size, part, "front") for part in parts if len(part)]
-    jobs = held_out if args.report_only else chunks + held_out
+    trains = not (args.average or args.report_only)
+    jobs = chunks + held_out if trains else held_out
     with multiprocessing.get_context("forkserver").Pool(os.cpu_count()) as pool:
         made = list(tqdm(pool.imap(make_chunk, jobs), total=len(jobs), desc="thousands of frames"))
     frames, concepts, positions, labels = zip(*made)
     frames, positions, labels = (np.concatenate(part) for part in (frames, positions, labels))
     concepts = sum(concepts, [])
-    n = 0 if args.report_only else 1000 * count  # to train on
+    n = 1000 * count if trains else 0  # to train on
     parts = {"held out": slice(n, n + 4000), "from the side": slice(n + 4000, n + 6000)}
     parts["visited by unseen policies"] = slice(n + 6000, None)
     tests = {
@@ -832,7 +860,7 @@ def main(argv=None):
         for name, part in parts.items()
         if len(frames[part])
     }
-    if args.report_only:
+    if not trains:
         return report(args, tests)
     frames, concepts, positions = frames[:n], concepts[:n], positions[:n]
 
