@@ -141,7 +141,7 @@ class Args:
     num_envs: int = 8  # robots
     learning_starts: int = 5000  # steps of random torques before the first update
     gradient_steps: int = 400  # updates per round (one episode of every robot)
-    buffer_size: int = 20_000  # steps; older ones, of robots that fell sooner, teach less
+    buffer_size: int = 20_000  # steps: the last 25 rounds; older robots fall sooner
     batch_size: int = 128  # transitions per update
     gamma: float = 0.98  # discount per step: looks 50 steps ahead, the paper's 0.95 only 20
     n_step: int = 5  # rewards summed up before the critics' estimate takes over; 1: plain SAC
