@@ -10,7 +10,7 @@ from poses import POSES, SENTENCES, qpos_of
 from sac_vlmrm import HUMANOID, TASKS, goal_states
 
 sys.path.append(str(Path(__file__).parent.parent / "tiny_clip"))
-from sentences import GOALS, Body
+from sentences import GOALS, bodies
 
 CASES = [
     pytest.param(task, pose, wanted, id=f"{task}: {name}")
@@ -72,5 +72,6 @@ def test_goal_states_of_the_other_sentences():
     for end, sets in SENTENCES.items():
         for wanted, poses in zip((True, False), sets):
             for pose in poses:
-                got = GOALS[f"a humanoid robot {end}"](Body(qpos_of(HUMANOID, pose)))
+                (body,) = bodies(qpos_of(HUMANOID, pose))
+                got = GOALS[f"a humanoid robot {end}"](body)
                 assert got == wanted, (end, pose)

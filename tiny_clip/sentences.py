@@ -30,9 +30,10 @@ TOUCH = 0.02  # m
 
 
 class Body:
-    """What the goals below are said in, of one state qpos (24,): left and right as (2,), metres."""
+    """What the goals below are said in, of one state qpos (24,): left and right as (2,), metres.
+    `stands`, `kneels`: whether `goal_states` says so."""
 
-    def __init__(self, qpos):
+    def __init__(self, qpos, stands, kneels):
         data = mujoco.MjData(sac_vlmrm.HUMANOID)
         data.qpos = qpos
         mujoco.mj_kinematics(sac_vlmrm.HUMANOID, data)
@@ -53,8 +54,14 @@ class Body:
         _, self.hands_out, self.hands_up = ((hand - data.body("torso").xpos) @ torso).T
         self.hands_out = self.hands_out * [1, -1]  # to its own side
         self.from_head = np.linalg.norm(hand - data.geom("head").xpos, axis=1)
-        goals = sac_vlmrm.goal_states(qpos)
-        self.stands, self.kneels = goals["standing"], goals["kneeling"]
+        self.stands, self.kneels = stands, kneels
+
+
+def bodies(qpos):
+    """One of each of the states qpos (..., 24), as a flat list."""
+    goals = sac_vlmrm.goal_states(qpos)
+    stands, kneels = goals["standing"].reshape(-1), goals["kneeling"].reshape(-1)
+    return [Body(*state) for state in zip(qpos.reshape(-1, 24), stands, kneels)]
 
 
 GOALS = {
@@ -120,8 +127,8 @@ def main():
             qpos, unstable, prompt, step = play(run)
             said = f"“{prompt}”"
             if prompt in GOALS:
-                goal = np.array([[bool(GOALS[prompt](Body(q))) for q in e] for e in qpos])  # (E, T)
-                goal &= ~unstable[:, None]
+                goal = np.array([bool(GOALS[prompt](body)) for body in bodies(qpos)])
+                goal = goal.reshape(qpos.shape[:2]) & ~unstable[:, None]  # (E, T)
                 rate, share = sac_vlmrm.success_rate(goal), goal.mean()
                 said += f"\n{rate:.0%} of 100 episodes"
                 print(f"{run}: {prompt}: {rate:.0%}, in goal {share:.0%}, policy of step {step}")
