@@ -141,7 +141,7 @@ class Args:
     num_envs: int = 8  # robots
     learning_starts: int = 5000  # steps of random torques before the first update
     gradient_steps: int = 400  # updates per round (one episode of every robot)
-    buffer_size: int = 20_000  # steps: the last 25 rounds; older robots fall sooner
+    buffer_size: int = 20_000  # steps; 25 rounds, since in older ones robots fall sooner
     batch_size: int = 128  # transitions per update
     gamma: float = 0.98  # discount per step: looks 50 steps ahead, the paper's 0.95 only 20
     n_step: int = 5  # rewards summed up before the critics' estimate takes over; 1: plain SAC
@@ -659,13 +659,15 @@ class ReplayBuffer:
     rows of those that were added last.
 
     Saving writes only what is new, as one chunk: a million steps are neither a pause nor a copy.
+    `on_disk`: episodes to leave there, if more, for who asks what the run looked like.
     """
 
-    def __init__(self, episodes, device):
+    def __init__(self, episodes, device, on_disk=0):
         T = EPISODE_LENGTH
         shapes = {"obs": (T + 1, OBS_DIM), "actions": (T, ACTION_DIM), "rewards": (T,)}
         self.data = {key: torch.zeros(episodes, *shapes[key], device=device) for key in shapes}
         self.size, self.total, self.saved = episodes, 0, 0  # total: episodes ever added
+        self.on_disk = max(episodes, on_disk)
         self.name = f"replay_{RANK}_"
 
     def __len__(self):
@@ -678,13 +680,13 @@ class ReplayBuffer:
         self.total, self.newest = self.total + len(rows), rows
 
     def save(self, folder):
-        """Write a new chunk; delete those that the checkpoint before does not need either."""
+        """Write a new chunk; delete old ones, but for what the checkpoint before needs."""
         previous, self.saved = self.saved, self.total
         rows = torch.arange(max(previous, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
         atomic_save(chunk, folder / f"{self.name}{self.total:07d}.pt")
         for path in folder.glob(f"{self.name}*.pt"):
-            if int(path.stem.removeprefix(self.name)) <= previous - self.size:
+            if int(path.stem.removeprefix(self.name)) <= previous - self.on_disk:
                 path.unlink()
 
     def load(self, folder, total):
@@ -1135,7 +1137,11 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
     if args.evaluate:
         return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
-    rb = ReplayBuffer(args.buffer_size // EPISODE_LENGTH // WORLD_SIZE, device)
+    episodes, on_disk = args.buffer_size // EPISODE_LENGTH, 2000  # the latter: epic_vlmrm.py --run
+    try:
+        rb = ReplayBuffer(episodes // WORLD_SIZE, device, on_disk // WORLD_SIZE)
+    except RuntimeError as error:  # torch's, of the CPU or of a GPU
+        sys.exit(f"error: no memory for --buffer-size {args.buffer_size} ({str(error)[:100]})")
     parts = {"sac": sac, "q_optimizer": sac.q_optimizer, "actor_optimizer": sac.actor_optimizer}
     state = {"global_step": 0, "best_return": -math.inf}
     robots, round_steps = args.num_envs // WORLD_SIZE, args.num_envs * EPISODE_LENGTH

@@ -588,6 +588,7 @@ BAD = [
     ([*KNEEL, "--target-entropy", "nan"], "--target-entropy"),
     ([*KNEEL, "--batch-size", "300000"], "--buffer-size must be at least 300000"),
     ([*KNEEL, "--buffer-size", "300"], "--buffer-size must be at least 800"),
+    ([*KNEEL, "--buffer-size", "9000000000"], "memory"),
     ([*KNEEL, "--learning-starts", "100000"], "--learning-starts"),
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
     ([*KNEEL, "--image-size", "100000"], "--image-size"),

@@ -149,6 +149,20 @@ def test_saved_chunks_give_the_ring_back_and_spent_ones_go(tmp_path):
     assert len(list(tmp_path.glob("replay_*.pt"))) <= 4
 
 
+def test_chunks_that_stay_for_others_do_not_change_the_ring(tmp_path):
+    """Of 14 episodes ten stay on disk, the ring holds the last four."""
+    rb = ReplayBuffer(4, "cpu", on_disk=10)
+    for total in range(2, 15, 2):
+        data = {"obs": (2, T + 1, 255), "actions": (2, T, 17), "rewards": (2, T)}
+        rb.add(**{key: np.full(shape, total) for key, shape in data.items()})
+        rb.save(tmp_path)
+    ends = sorted(int(path.stem.split("_")[-1]) for path in tmp_path.glob("replay_*.pt"))
+    assert ends == [4, 6, 8, 10, 12, 14]  # ten before the checkpoint before, and the newest
+    other = ReplayBuffer(4, "cpu", on_disk=10)
+    other.load(tmp_path, 14)
+    assert all(torch.equal(other.data[key], ring) for key, ring in rb.data.items())
+
+
 # targets
 @pytest.mark.parametrize("n_step", [1, 5, T])
 def test_rewards_of_several_steps_stay_in_their_episode(n_step):

@@ -491,12 +491,9 @@ def describe(poser, qpos):
     # logarithm of the odds, so with a logistic line the reward falls evenly: a slope to keep one's
     # balance on, where a sharp line would make a cliff.
     line = poser.rng.logistic
-    upright, straight, apart = (
-        line(18, 4.5),
-        line(25, 5),
-        line(92, 5),
-    )  # torso, knees, thighs: degrees
-    tall, low, lifted = line(1.22, 0.02), line(0.06, 0.015), line(0.12, 0.015)  # torso, seat, foot
+    # in degrees the torso, the knees, between the thighs; in metres the torso, the seat, a foot
+    upright, straight, apart = line(18, 4.5), line(25, 5), line(92, 5)
+    tall, low, lifted = line(1.22, 0.02), line(0.06, 0.015), line(0.12, 0.015)
     raised_above, near_hip = poser.rng.uniform(0.15, 0.4), poser.rng.uniform(0.09, 0.18)
     past_middle, at_chest = line(0.07, 0.02), line(0.2, 0.03)
 
@@ -818,10 +815,11 @@ def average(folders, out):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv)
+    for folder in (*args.average, *filter(None, [args.start])):
+        there = (folder / "open_clip_model.safetensors").is_file()
+        sac_vlmrm.check(there, f"{folder}: no open_clip_model.safetensors")
     if args.average:
         average(args.average, args.out)
-    weights = args.start and args.start / "open_clip_model.safetensors"
-    sac_vlmrm.check(not weights or weights.is_file(), f"--start {args.start}: no {weights}")
     started = time.time()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.data_seed)
@@ -899,8 +897,8 @@ def main(argv=None):
     model = open_clip.CLIP(**config["model_cfg"]).to(memory_format=torch.channels_last)
     preprocess_cfg = open_clip.transform.PreprocessCfg(**config["preprocess_cfg"])
     preprocess = open_clip.transform.image_transform_v2(preprocess_cfg, is_train=False)
-    if weights:
-        open_clip.load_checkpoint(model, str(weights))
+    if args.start:
+        open_clip.load_checkpoint(model, str(args.start / "open_clip_model.safetensors"))
     train(args, data, model, preprocess, open_clip.SimpleTokenizer(context_length=24))
     save(args, model, config, list(wordings.values()))
     print(f"trained, {time.time() - started:.0f} s in all")
