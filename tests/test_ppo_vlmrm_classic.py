@@ -313,15 +313,17 @@ def test_a_signal_ends_the_run_at_a_safe_point():
     """With a checkpoint and code 0; what follows is as if it had not been stopped."""
     flags = [*SMALL, "--total-timesteps", "4000"]
     ppo.main([*flags, "--run-name", "whole"])
-    process = start([*SCRIPT, *flags, "--run-name", "stopped"], "runs/stopped", 800)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and "Traceback" not in output
-    if not Path("runs/stopped/checkpoint_000004000.pt").exists():  # else it outran the signal
-        assert len(list(Path("runs/stopped").glob("checkpoint_*.pt"))) == 2
-        assert "go on with --resume runs/stopped" in output
-        resume("runs/stopped")
-    assert_same(Path("runs/whole"), Path("runs/stopped"))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        run = f"runs/{signum.name}"
+        process = start([*SCRIPT, *flags, "--run-name", signum.name], run, 800)
+        process.send_signal(signum)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and "Traceback" not in output
+        if not Path(run, "checkpoint_000004000.pt").exists():  # else it outran the signal
+            assert len(list(Path(run).glob("checkpoint_*.pt"))) == 2
+            assert signum == signal.SIGHUP or f"go on with --resume {run}" in output
+            resume(run)
+        assert_same(Path("runs/whole"), Path(run))
 
 
 def test_resume_may_go_further_but_not_elsewhere(capsys):
