@@ -33,7 +33,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -112,6 +111,7 @@ class Args:
 # action is held for 20 steps and drawn wide: 1 in 3 such random episodes reaches the top.
 SWING = {"action_repeat": 20, "num_envs": 16, "total_timesteps": 400_000, "ent_coef": 0.01}
 DEFAULTS = {"CartPole-v1": {}, "MountainCarContinuous-v0": SWING}
+# flags that another part of the same run may have
 MAY_CHANGE = "resume", "device", "total_timesteps", "eval_episodes", "reward_batch_size"
 
 
@@ -122,7 +122,7 @@ def check(ok, message):
 
 
 class Patient:
-    """A stream whose reader, a terminal or `| head`, may go away: then it drops what it is told."""
+    """A stream whose reader, a terminal or `| head`, may go away: what is written then is lost."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -363,15 +363,13 @@ def load_clip(clip_model, device, precision):
 
     `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them.
     """
-    flag, weights = f"--clip-model {clip_model}", []
+    flag = f"--clip-model {clip_model}"
     name, _, pretrained = clip_model.partition("/")
     options = {"precision": precision, "device": device, "require_pretrained": True}
     if clip_model.startswith("hf-hub:"):
         name, pretrained = clip_model, None
     elif clip_model.startswith("local-dir:"):
         name, pretrained = f"local-dir:{local_folder(clip_model)}", None
-        weights = sorted(local_folder(clip_model).glob("*.pt"))  # open_clip does not look for these
-        options["require_pretrained"] = not weights
     else:
         tags = open_clip.list_pretrained_tags_by_model(name)
         published = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in tags}
@@ -390,17 +388,12 @@ def load_clip(clip_model, device, precision):
                 warn(f"{flag} is taken for GELU; if with QuickGELU, use {name}-quickgelu/FILE")
     try:
         model = open_clip.create_model(name, pretrained, **options)
-        for file in weights:
-            open_clip.load_checkpoint(model, str(file))
         tokenizer = open_clip.get_tokenizer(name)
     except ImportError as error:
         sys.exit(f"error: {flag}: pip install transformers sentencepiece ({error})")
     except Exception as error:  # a broken or foreign file, a failed download: each raises its own
-        hint = "offline, download the whole repository and use local-dir:FOLDER"
-        if "weights_only" in str(error) or "TorchScript" in str(error):
-            state = "torch.load(FILE, weights_only=False)['state_dict']"
-            state = "torch.jit.load(FILE).state_dict()" if "TorchScript" in str(error) else state
-            hint = f"it is more than weights; if you trust it, torch.save({state}, 'weights.pt')"
+        hint = "offline, download the whole repository and use local-dir:FOLDER; of a file that is "
+        hint += "more than weights, if you trust it, torch.save() the state_dict alone"
         reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
         sys.exit(f"error: {flag} can't be loaded ({reason}); {hint}")
     look = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
@@ -409,7 +402,7 @@ def load_clip(clip_model, device, precision):
 
 
 class CLIPReward(nn.Module):
-    """Goal-baseline regularised CLIP reward (section 3.2 of the paper).
+    """Goal-baseline regularised CLIP reward (section 3.2 of the paper, equation 3).
 
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
         P = alpha d d^T / |d|^2 + (1 - alpha) I
@@ -430,7 +423,7 @@ class CLIPReward(nn.Module):
         self.image_size = tuple(np.broadcast_to(self.clip.visual.image_size, 2).tolist())  # (H, W)
         taught = local_folder(clip_model) / "sentences.txt"  # of a model that is not zero-shot
         for prompt in goal + (baseline if alpha > 0 else ()):
-            # would one more word be read?
+            # if the tokens stay the same with one more word, that word is not read
             if torch.equal(self.tokenizer([prompt]), self.tokenizer([f"{prompt} robot"])):
                 length = self.tokenizer.context_length
                 warn(f'"{prompt}" fills or exceeds the {length} tokens it reads')
@@ -439,9 +432,8 @@ class CLIPReward(nn.Module):
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    meant, embed = self.embed_prompts([prompt]), self.embed_prompts
-                    likeness = functools.partial(F.cosine_similarity, meant, dim=-1)
-                    nearest = max(sentences, key=lambda text: likeness(embed([text])))
+                    meant = self.embed_prompts([prompt])
+                    nearest = max(sentences, key=lambda text: self.embed_prompts([text]) @ meant)
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
@@ -544,10 +536,10 @@ def load_saved(path, keys):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
-    except Exception:  # cut short, no zip file, a pickle with code in it: each raises its own
+    except Exception:  # cut short, no zip file, code in a pickle, a key less: each has its own
         hint = "; remove the newest checkpoint to resume the one before"
         hint = "" if path.name == "best.pt" else hint
-        sys.exit(f"error: {path} is damaged{hint}")
+        sys.exit(f"error: {path} is damaged or of another version{hint}")
 
 
 # EVALUATION
@@ -678,7 +670,7 @@ def parse_args(argv):
             saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
-        # a given prompt replaces the saved ones
+        # tyro would add a prompt to the saved ones: it is to replace them
         blank = replace(saved, prompt=(), baseline_prompt=())
         args = tyro.cli(Args, default=blank, args=argv)
         args.prompt = args.prompt or saved.prompt
@@ -741,9 +733,11 @@ def main(argv=None):
     agent = Agent(len(scene.OBS_SCALE), scene.num_actions, args.init_std).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     parts = {"agent": agent, "optimizer": optimizer}
-    state = {"global_step": 0, "best_return": -math.inf, "reward_mean": 0.0, "reward_std": 1.0}
+    counters = {"global_step": 0, "best_return": -math.inf, "reward_mean": 0.0, "reward_std": 1.0}
     batch_size = args.num_envs * EPISODE_LENGTH // args.action_repeat  # actions in a round
-    stopping, clock = [], []  # clock: when each stage of a round began
+    # clock: five times, when a round began to collect, draw, score and learn, and its end
+    stopping, clock = [], []
+    before = f"--resume {run_dir} goes on from the checkpoint before"
 
     def embed(states):
         """Embeddings (M, D) of states (M, S), a round's frames at a time: more may not fit."""
@@ -755,11 +749,12 @@ def main(argv=None):
         return torch.cat(embeddings)
 
     def play(policy, seeds):
-        """The stages before learning: as rollout, and rewards (T / repeat, N) of the actions."""
+        """The stages before learning: as rollout, and rewards (T / repeat, N): an action's is that
+        of the last state while it was held."""
         clock[:] = [time.perf_counter()]
         obs, actions, states = rollout(scene, policy, seeds, args.action_repeat)
         clock.append(time.perf_counter())
-        after = states[args.action_repeat - 1 :: args.action_repeat]  # what each action led to
+        after = states[args.action_repeat - 1 :: args.action_repeat]
         if clip_reward:
             rewards = clip_reward(embed(after.reshape(actions.numel(), -1)))
             rewards = rewards.cpu().numpy().reshape(actions.shape)
@@ -768,54 +763,46 @@ def main(argv=None):
             clock.append(clock[-1])  # nobody looks, so nothing is drawn
         clock.append(time.perf_counter())
         finite = np.isfinite(rewards).all()
-        check(finite, f"a reward is not finite after step {state['global_step']}; {before}")
+        check(finite, f"a reward is not finite after step {counters['global_step']}; {before}")
         return obs, actions, rewards, states
 
-    before = f"--resume {run_dir} goes on from the checkpoint before"
     if args.evaluate:
         return final_evaluation(args, run_dir, scene, play, agent)
 
     def log(scalars):
         for key, value in scalars.items():
-            writer.add_scalar(key, value, state["global_step"])
+            writer.add_scalar(key, value, counters["global_step"])
 
     def save():
-        """A checkpoint where all episodes end: nothing of the environments needs saving."""
-        checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"state": state}
-        checkpoint["rng"] = torch.get_rng_state()
-        checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if device == "cuda" else None
-        atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
+        """A checkpoint where all episodes end: nothing of the environments needs saving; and each
+        round has a seed of its own: no state of a random generator does."""
+        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint["counters"] = counters
+        atomic_save(checkpoint, run_dir / f"checkpoint_{counters['global_step']:09d}.pt")
         for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
             old.unlink()
 
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-        check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
-        saved = load_saved(checkpoints[-1], [*parts, "state", "rng", "cuda_rng"])
+        saved = load_saved(checkpoints[-1], [*parts, "counters"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        state = saved["state"]
-        torch.set_rng_state(saved["rng"])
-        if device == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
+        counters = saved["counters"]
     else:
         line, rewards, epic = landscape(args, scene, clip_reward, embed)
         if args.standardize and args.reward == "vlm":
             of_states = rewards[f"alpha {args.clip_alpha:g}"][1]
-            state["reward_mean"] = float(of_states.mean())
-            state["reward_std"] = max(float(of_states.std()), 1e-6)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    except FileExistsError:
-        check(False, f"{run_dir} exists: another run has just taken the name")
+            counters["reward_mean"] = float(of_states.mean())
+            counters["reward_std"] = max(float(of_states.std()), 1e-6)
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
     (run_dir / "args.tmp").write_text(json.dumps(about, indent=2))
     os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume too: it may have more steps
     if not args.resume:
         (run_dir / "epic.json").write_text(json.dumps(epic, indent=2) + "\n")
         save()  # from now on the run can be resumed
-    writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if args.resume else None)
+    writer = SummaryWriter(run_dir, purge_step=counters["global_step"] + 1 if args.resume else None)
     if not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
@@ -850,22 +837,22 @@ def main(argv=None):
 
     signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
     signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
-    if threading.current_thread() is not threading.main_thread():
-        signals = []  # which alone may handle them
-    handlers = {signum: signal.signal(signum, stop) for signum in signals}
-    total = args.total_timesteps
-    progress = tqdm(total=total, initial=state["global_step"], unit="step", dynamic_ncols=True)
-    while (global_step := state["global_step"]) < total and not stopping:
+    for signum in signals:
+        signal.signal(signum, stop)
+    total, done = args.total_timesteps, counters["global_step"]
+    progress_bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+    while (global_step := counters["global_step"]) < total and not stopping:
         remaining = 1 - global_step / total if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
 
         # collect, draw, score
         seeds = [args.seed * 10**9 + global_step + i for i in range(args.num_envs)]
+        torch.manual_seed(seeds[0])  # of all else that is random in a round
         obs, actions, rewards, states = play(agent.act, seeds)
-        state["global_step"] = global_step = global_step + args.num_envs * EPISODE_LENGTH
+        counters["global_step"] = global_step = global_step + args.num_envs * EPISODE_LENGTH
 
         # learn. Times 1 - gamma, a return is an average of rewards: of order 1, whatever gamma is
-        scaled = (rewards - state["reward_mean"]) / state["reward_std"] * (1 - args.gamma)
+        scaled = (rewards - counters["reward_mean"]) / counters["reward_std"] * (1 - args.gamma)
         scaled = torch.as_tensor(scaled, dtype=torch.float32, device=device)
         obs, actions = obs.to(device), actions.to(device).float()
         with torch.no_grad():
@@ -886,13 +873,12 @@ def main(argv=None):
         success, mean_return = scene.success(in_goal).mean(), rewards.sum(0).mean()
         log({f"losses/{key}": value.item() for key, value in losses.items()})
         log(dict(zip(("time/collect", "time/draw", "time/score", "time/learn"), seconds)))
-        log({f"charts/{'vlm' if clip_reward else 'episodic'}_return": mean_return})
+        log({"charts/episodic_return": mean_return})
         log({"charts/success_rate": success, "charts/share_in_goal": in_goal.mean()})
         log({"charts/SPS": in_goal.size / sum(seconds), "charts/learning_rate": learning_rate})
-        progress.set_postfix(
-            reward=f"{rewards.mean():.3f}", success=f"{success:.0%}", refresh=False
-        )
-        progress.update(in_goal.size)
+        shown = {"reward": f"{rewards.mean():.3f}", "success": f"{success:.0%}"}
+        progress_bar.set_postfix(shown, refresh=False)
+        progress_bar.update(in_goal.size)
 
         # evaluate the greedy action, keep the best policy, save
         due = global_step >= total or global_step % args.eval_frequency < in_goal.size
@@ -902,25 +888,21 @@ def main(argv=None):
             mean_return = float(rewards.sum(0).mean())
             success = scene.success(scene.in_goal(states).T).mean()
             log({"eval/return": mean_return, "eval/success_rate": success})
-            if mean_return > state["best_return"]:
-                state["best_return"] = mean_return
+            if mean_return > counters["best_return"]:
+                counters["best_return"] = mean_return
                 best = {"agent": agent.state_dict(), "global_step": global_step}
                 atomic_save(best, run_dir / "best.pt")
         if due or stopping:
             writer.flush()
             save()
-    progress.close()
+    progress_bar.close()
     writer.close()
-    summary = None
     if stopping:
-        print(f"stopped at step {state['global_step']}; go on with --resume {run_dir}")
-    else:
-        for signum in handlers:  # all is saved: --evaluate can do the rest
-            signal.signal(signum, lambda *_: sys.exit(0))
-        summary = final_evaluation(args, run_dir, scene, play, agent)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    return summary
+        print(f"stopped at step {counters['global_step']}; go on with --resume {run_dir}")
+        return None
+    for signum in signals:  # end at once: all is saved, --evaluate can do the rest
+        signal.signal(signum, lambda *_: sys.exit(0))
+    return final_evaluation(args, run_dir, scene, play, agent)
 
 
 if __name__ == "__main__":

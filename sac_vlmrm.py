@@ -40,7 +40,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -59,7 +58,7 @@ if LOCAL_WORLD_SIZE > 1 and Path(f"/dev/nvidia{LOCAL_RANK}").exists():
     os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(LOCAL_RANK))  # each draws on its own GPU
 # Settings that OpenGL reads when it is loaded; no window is opened.
 os.environ.pop("PYOPENGL_PLATFORM", None)  # MUJOCO_GL decides
-os.environ.setdefault("LP_NUM_THREADS", "0")  # of software OpenGL: Painter has its own threads
+os.environ.setdefault("LP_NUM_THREADS", "0")  # none inside llvmpipe: Painter has its own
 if sys.platform == "linux":
     os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl").lower()
     if os.environ["MUJOCO_GL"] not in ("egl", "osmesa", "glfw"):
@@ -88,11 +87,8 @@ HUMANOID = mujoco.MjModel.from_xml_path(HUMANOID_XML)
 OBS_DIM = HUMANOID.nq + HUMANOID.nv + 16 * (HUMANOID.nbody - 1)  # 255, see VLMHumanoid
 ACTION_DIM = HUMANOID.nu  # 17
 FRAME_SKIP = 5  # of MuJoCo's steps of 3 ms in one of ours
-ABSURD = [
-    mujoco.mjtWarning.mjWARN_BADQPOS.value,
-    mujoco.mjtWarning.mjWARN_BADQVEL.value,
-    mujoco.mjtWarning.mjWARN_BADQACC.value,
-]  # warnings of a state that can't be
+WARN = mujoco.mjtWarning
+ABSURD = slice(WARN.mjWARN_BADQPOS.value, WARN.mjWARN_BADQACC.value + 1)  # a state that can't be
 EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
 # azimuth, in degrees, of cameras that stand still ("front" is the paper's); None: Gymnasium's,
 # which moves with the robot
@@ -147,8 +143,8 @@ class Args:
     n_step: int = 5  # rewards summed up before the critics' estimate takes over; 1: plain SAC
     tau: float = 0.005  # share by which the target critics follow at every update
     learning_rate: float = 6e-4  # of actor, critics and entropy coefficient
-    alpha: float = 0.1  # entropy coefficient at the start; then it is tuned
-    target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the joints
+    alpha: float = 0.1  # SAC's entropy coefficient at the start (not the paper's: --clip-alpha)
+    target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the number of motors
     # second half of total_timesteps: learning rates fall to a tenth, target entropy to threefold
     anneal: bool = True
     normalize: bool = True  # scales of observations and rewards; LayerNorm in the hidden layers
@@ -182,7 +178,7 @@ def check(ok, message):
 
 
 class Patient:
-    """A stream whose reader, a terminal or `| head`, may go away: then it drops what it is told."""
+    """A stream whose reader, a terminal or `| head`, may go away: what is written then is lost."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -231,7 +227,7 @@ class VLMHumanoid(gym.vector.VectorEnv):
 
     def observe(self):
         sim, n = self.sim, self.num_envs
-        # body 0 is the world; as in Gymnasium they are of the last substep's beginning
+        # body 0 is the world; as in Gymnasium, these two are one substep older than qpos
         bodies = sim.cinert[:, 1:].reshape(n, -1), sim.cvel[:, 1:].reshape(n, -1)
         return np.concatenate([sim.qpos, sim.qvel, *bodies], axis=1)
 
@@ -258,6 +254,7 @@ class VLMHumanoid(gym.vector.VectorEnv):
         for i in range(n):
             mujoco.mj_rnePostConstraint(HUMANOID, sim.get_data(i, self.scratch))
             contact[i] = min(5e-7 * np.square(self.scratch.cfrc_ext).sum(), 10)
+        # the weights are Humanoid-v5's
         rewards = 1.25 * velocity + healthy - (0.1 * np.square(sim.ctrl).sum(1) + contact)
         truncations = np.full(n, self.elapsed_steps >= EPISODE_LENGTH)
         infos = {"unstable": sim.warning[:, ABSURD, 1].any(1)}  # [..., 1]: how often since reset
@@ -281,13 +278,14 @@ def mirror_image(device):
         axis, other = HUMANOID.joint(joint).axis, HUMANOID.joint(twin(joint)).axis
         return [round((axis * rotation) @ other)]
 
-    def reflection(*parts):
-        """Parts of a vector, e.g. (joints, turn): a number per joint, whose sign turn(joint) says.
-        Each number goes to the twin's place, with its sign."""
+    def reflection(*blocks):
+        """Blocks of a vector, e.g. (joints, turn): a number per joint, whose sign turn(joint) says.
+        Each number gets a label, like "1 left_knee 0"; it goes to that with left and right swapped.
+        """
         names, signs = [], []
-        for n, (owners, signs_of) in enumerate(parts):
+        for block, (owners, signs_of) in enumerate(blocks):
             for owner in owners:
-                names += [f"{n} {owner} {i}" for i in range(len(signs_of(owner)))]
+                names += [f"{block} {owner} {i}" for i in range(len(signs_of(owner)))]
                 signs += signs_of(owner)
         index = torch.tensor([names.index(twin(name)) for name in names], device=device)
         signs = torch.tensor(signs, device=device)
@@ -344,7 +342,9 @@ class Painter:
         spec = mujoco.MjSpec.from_file(HUMANOID_XML)
         if textures == "modified":
             modify_textures(spec)
-        spec.geom("floor").size[2] = 5  # m between the corners drawn; 0.125 costs 10,000s of them
+        spec.geom("floor").size[2] = (
+            5  # m between the corners drawn; Gymnasium's 0.125 makes 10,000s
+        )
         spec.lights[0].castshadow = False
         quality = spec.visual.quality
         quality.shadowsize = quality.offsamples = 0  # CLIP blurs a frame anyway: no 4x MSAA
@@ -421,7 +421,7 @@ def goal_states(qpos):
         """Positions (2, n, 3) in a body's frame: x forward, y to the point's own side, z up."""
         axes = sim.body(body).xmat.reshape(-1, 3, 3)
         position = np.einsum("sni,nij->snj", points - sim.body(body).xpos, axes)
-        return position * [[[1, 1, 1]], [[1, -1, 1]]]
+        return position * [[[1, 1, 1]], [[1, -1, 1]]]  # left, right
 
     foot, hand = (both(lambda name: sim.geom(name).xpos, part) for part in ("foot", "hand"))
     hip, knee = (both(lambda name: sim.body(name).xpos, part) for part in ("thigh", "shin"))
@@ -469,15 +469,13 @@ def load_clip(clip_model, device, precision):
 
     `clip_model`: NAME/TAG, NAME/FILE, hf-hub:ORG/REPO or local-dir:FOLDER, as open_clip knows them.
     """
-    flag, weights = f"--clip-model {clip_model}", []
+    flag = f"--clip-model {clip_model}"
     name, _, pretrained = clip_model.partition("/")
     options = {"precision": precision, "device": device, "require_pretrained": True}
     if clip_model.startswith("hf-hub:"):
         name, pretrained = clip_model, None
     elif clip_model.startswith("local-dir:"):
         name, pretrained = f"local-dir:{local_folder(clip_model)}", None
-        weights = sorted(local_folder(clip_model).glob("*.pt"))  # open_clip does not look for these
-        options["require_pretrained"] = not weights
     else:
         tags = open_clip.list_pretrained_tags_by_model(name)
         published = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in tags}
@@ -496,17 +494,12 @@ def load_clip(clip_model, device, precision):
                 warn(f"{flag} is taken for GELU; if with QuickGELU, use {name}-quickgelu/FILE")
     try:
         model = open_clip.create_model(name, pretrained, **options)
-        for file in weights:
-            open_clip.load_checkpoint(model, str(file))
         tokenizer = open_clip.get_tokenizer(name)
     except ImportError as error:
         sys.exit(f"error: {flag}: pip install transformers sentencepiece ({error})")
     except Exception as error:  # a broken or foreign file, a failed download: each raises its own
-        hint = "offline, download the whole repository and use local-dir:FOLDER"
-        if "weights_only" in str(error) or "TorchScript" in str(error):
-            state = "torch.load(FILE, weights_only=False)['state_dict']"
-            state = "torch.jit.load(FILE).state_dict()" if "TorchScript" in str(error) else state
-            hint = f"it is more than weights; if you trust it, torch.save({state}, 'weights.pt')"
+        hint = "offline, download the whole repository and use local-dir:FOLDER; of a file that is "
+        hint += "more than weights, if you trust it, torch.save() the state_dict alone"
         reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
         sys.exit(f"error: {flag} can't be loaded ({reason}); {hint}")
     look = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
@@ -515,7 +508,7 @@ def load_clip(clip_model, device, precision):
 
 
 class CLIPReward(nn.Module):
-    """Goal-baseline regularised CLIP reward (section 3.2 of the paper).
+    """Goal-baseline regularised CLIP reward (section 3.2 of the paper, equation 3).
 
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
         P = alpha d d^T / |d|^2 + (1 - alpha) I
@@ -536,7 +529,7 @@ class CLIPReward(nn.Module):
         self.image_size = tuple(np.broadcast_to(self.clip.visual.image_size, 2).tolist())  # (H, W)
         taught = local_folder(clip_model) / "sentences.txt"  # of a model that is not zero-shot
         for prompt in goal + (baseline if alpha > 0 else ()):
-            # would one more word be read?
+            # if the tokens stay the same with one more word, that word is not read
             if torch.equal(self.tokenizer([prompt]), self.tokenizer([f"{prompt} robot"])):
                 length = self.tokenizer.context_length
                 warn(f'"{prompt}" fills or exceeds the {length} tokens it reads')
@@ -545,9 +538,8 @@ class CLIPReward(nn.Module):
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    meant, embed = self.embed_prompts([prompt]), self.embed_prompts
-                    likeness = functools.partial(F.cosine_similarity, meant, dim=-1)
-                    nearest = max(sentences, key=lambda text: likeness(embed([text])))
+                    meant = self.embed_prompts([prompt])
+                    nearest = max(sentences, key=lambda text: self.embed_prompts([text]) @ meant)
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
@@ -594,7 +586,7 @@ class MLP(nn.Module):
     """`members` networks evaluated as one: obs (B, 255) [, action (B, 17)] -> (members, B, n_out).
 
     `scale_obs` holds mean and deviation of the observations, which `SAC.fit` updates once a round;
-    with --no-normalize it changes nothing. (A BatchNorm, always in `eval` mode but there;
+    with --no-normalize it changes nothing. (A BatchNorm that only `fit` sets to training mode;
     momentum=None makes plain means.) All weights are one parameter: an Adam step, a moving average
     or an average over ranks is one operation. `layers()` cuts it up into views, through which the
     gradient flows.
@@ -659,7 +651,7 @@ class ReplayBuffer:
     rows of those that were added last.
 
     Saving writes only what is new, as one chunk: a million steps are neither a pause nor a copy.
-    `on_disk`: episodes to leave there, if more, for who asks what the run looked like.
+    `on_disk`: episodes to leave there, if more, for epic_vlmrm.py --run.
     """
 
     def __init__(self, episodes, device, on_disk=0):
@@ -735,11 +727,12 @@ class SAC(nn.Module):
         first = self.scale_reward.num_batches_tracked == 0
         rows = torch.arange(len(rb)) if first else rb.newest
         obs, _, rewards = (ring[rows].flatten(0, 1) for ring in rb.data.values())
-        scales = [(self.actor.scale_obs, obs)] + [(self.scale_reward, rewards[:, None])] * first
-        for scale, x in scales:
-            scale.train()(x)
-            scale.eval()
-            average(scale.running_mean, scale.running_var)  # at least the same on every rank
+        self.actor.scale_obs.train()(obs)
+        if first:
+            self.scale_reward.train()(rewards[:, None])
+        self.eval()
+        for scale in (self.actor.scale_obs, self.scale_reward):
+            average(scale.running_mean, scale.running_var)  # the ranks' statistics, not joint ones
 
     def update_critics(self, obs, actions, n_step_rewards, next_obs, discount):
         """A batch of B: obs (B, 255), actions (B, 17), what n steps earned (B,), the obs after them
@@ -796,7 +789,7 @@ class SAC(nn.Module):
         """A round's updates, after a share `progress` of the run. Returns the last one's losses."""
         args, late = self.args, max(0.0, 2 * min(progress, 1.0) - 1)  # 0 until half time, then to 1
         late *= args.anneal
-        # [1] is the entropy coefficient's, which has to follow the falling target
+        # not that of group 1, the entropy coefficient, which has to follow the falling target
         for optimizer in (self.q_optimizer, self.actor_optimizer):
             optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.learning_rate
         if args.normalize:
@@ -841,47 +834,39 @@ def load_saved(path, keys):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
-    except Exception:  # cut short, no zip file, a pickle with code in it: each raises its own
+    except Exception:  # cut short, no zip file, code in a pickle, a key less: each has its own
         hint = "; remove the newest checkpoint to resume the one before"
         hint = "" if path.name == "best.pt" else hint
-        sys.exit(f"error: {path} is damaged{hint}")
+        sys.exit(f"error: {path} is damaged or of another version{hint}")
 
 
-def save_checkpoint(run_dir, rb, parts, state):
-    """Where all episodes end: nothing of the simulators needs saving."""
+def save_checkpoint(run_dir, rb, parts, counters):
+    """Where all episodes end: nothing of the simulators needs saving; and each round has a seed of
+    its own: no state of a random generator does."""
     rb.save(run_dir)
-    on_gpu = rb.data["obs"].is_cuda
-    rng = [torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None]
-    rngs = [rng] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        dist.all_gather_object(rngs, rng)  # every rank has saved its episodes now
+        dist.barrier()  # every rank has saved its episodes
     if RANK > 0:
         return
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint |= {"state": state, "rngs": rngs}
-    atomic_save(checkpoint, run_dir / f"checkpoint_{state['global_step']:09d}.pt")
+    checkpoint = {name: part.state_dict() for name, part in parts.items()} | {"counters": counters}
+    atomic_save(checkpoint, run_dir / f"checkpoint_{counters['global_step']:09d}.pt")
     for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
         old.unlink()
 
 
-def load_checkpoint(run_dir, rb, parts, state):
+def load_checkpoint(run_dir, rb, parts, counters):
     """The latest one."""
     checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
     check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-    check(os.access(run_dir, os.W_OK), f"{run_dir} is not writable")
-    saved = load_saved(checkpoints[-1], [*parts, "state", "rngs"])
-    ranks = len(saved["rngs"])
+    saved = load_saved(checkpoints[-1], [*parts, "counters"])
+    ranks = saved["counters"]["ranks"]
     hint = f"start it with torchrun --nproc-per-node {ranks}" if ranks > 1 else "no torchrun"
     made = f"{run_dir} was made by {ranks} ranks, these are {WORLD_SIZE}"
     check(ranks == WORLD_SIZE, f"{made}: {hint}")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    state.update(saved["state"])
-    rb.load(run_dir, state["global_step"] // EPISODE_LENGTH // WORLD_SIZE)
-    rng, cuda_rng = saved["rngs"][RANK]
-    torch.set_rng_state(rng)
-    if rb.data["obs"].is_cuda and cuda_rng is not None:
-        torch.cuda.set_rng_state(cuda_rng)
+    counters.update(saved["counters"])
+    rb.load(run_dir, counters["global_step"] // EPISODE_LENGTH // WORLD_SIZE)
 
 
 # ROLLOUT AND EVALUATION
@@ -905,28 +890,29 @@ def random_torques(noise, obs):
     return torch.tanh(noise).numpy()
 
 
-def success_rate(success):
-    """Share of episodes (E, T) in the goal state for half of their steps (paper, section 4.3)."""
-    return float((success.mean(1) >= 0.5).mean())
+def success_rate(in_goal):
+    """Share of episodes, in_goal (E, T) bool, in the goal state for half of their steps or more
+    (paper, section 4.3)."""
+    return float((in_goal.mean(1) >= 0.5).mean())
 
 
 def evaluate(play, policy, episodes, seed):
-    """Rewards (E, T), success (E, T) bool and qpos (E, T, 24) of that many episodes."""
+    """Rewards (E, T), in_goal (E, T) bool and qpos (E, T, 24) of that many episodes."""
     results = []
     while sum(len(rewards) for rewards, _, _ in results) < episodes:
-        obs, _, rewards, success = play(policy, seed + 1000 * len(results))
-        results.append((rewards, success, obs[:, 1:, : HUMANOID.nq]))
+        obs, _, rewards, in_goal = play(policy, seed + 1000 * len(results))
+        results.append((rewards, in_goal, obs[:, 1:, : HUMANOID.nq]))
     return [np.concatenate(result)[:episodes] for result in zip(*results)]
 
 
-def film(painter, qpos, success, path):
+def film(painter, qpos, in_goal, path):
     """Episodes (E, T) as a sheet, every tenth frame, and the first four as a video at half speed;
-    green edge: success. Never ends a run."""
+    green edge: in the goal state. Never ends a run."""
     try:
         views = np.moveaxis(painter(qpos), 2, 0)
         frames = np.concatenate(views, axis=3)  # side by side: (E, T, H, V W, 3)
         edge = np.pad(np.zeros(np.subtract(frames.shape[2:4], 6), bool), 3, constant_values=True)
-        frames[success[..., None, None] & edge] = (40, 200, 80)
+        frames[in_goal[..., None, None] & edge] = (40, 200, 80)
         rows = [np.concatenate(row, axis=1) for row in frames[:, 9::10, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
         iio.imwrite(path.with_suffix(".mp4"), np.concatenate(frames[:4], axis=2), fps=33)
@@ -950,12 +936,12 @@ def final_evaluation(args, run_dir, play, actor, painter):
     print(f"policy of step {best['global_step']}")
     for name, (episodes, policy) in policies.items():
         torch.manual_seed(0)
-        rewards, success, qpos = evaluate(play, policy, episodes, 1_000_000)
+        rewards, in_goal, qpos = evaluate(play, policy, episodes, 1_000_000)
         summary[name] = row = {"episodes": episodes, "return": float(rewards.sum(1).mean())}
         if args.task:
-            row |= {"success_rate": success_rate(success), "share_in_goal": float(success.mean())}
+            row |= {"success_rate": success_rate(in_goal), "share_in_goal": float(in_goal.mean())}
         print(f"{name:15}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
-        pictures = pictures or [qpos[:6], success[:6]]
+        pictures = pictures or [qpos[:6], in_goal[:6]]
     try:
         (run_dir / "eval.json").write_text(json.dumps(summary, indent=2) + "\n")
     except OSError as error:  # a run folder of somebody else's
@@ -998,7 +984,7 @@ def parse_args(argv):
             saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
-        # a given prompt replaces the saved ones; another prompt is another task
+        # tyro would add a prompt to the saved ones: it is to replace them; another is another task
         blank = replace(saved, prompt=(), baseline_prompt=(), task="")
         args = tyro.cli(Args, default=blank, args=argv)
         args.task = args.task or (saved.task if args.prompt in ((), saved.prompt) else "")
@@ -1069,18 +1055,17 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     threads = usable_cores()
     torch.set_num_threads(threads)
-    clip_reward, size, film_size = None, (240, 240), (240, 240)
+    clip_reward, size = None, (240, 240)
     if args.reward == "vlm":
         prompts = args.prompt, args.baseline_prompt
         options = args.clip_alpha, device, args.clip_precision, args.reward_batch_size
         clip_reward = CLIPReward(args.clip_model, *prompts, *options)
         size = (args.image_size,) * 2 if args.image_size else clip_reward.image_size
     envs = VLMHumanoid(args.num_envs // WORLD_SIZE, threads)
-    look = args.textures, args.camera, threads
-    with (
-        closing(Painter(size, *look)) as painter,
-        closing(Painter(film_size, *look)) as film_painter,
-    ):
+    paint = functools.partial(
+        Painter, textures=args.textures, cameras=args.camera, num_threads=threads
+    )
+    with closing(paint(size)) as painter, closing(paint((240, 240))) as film_painter:
         print(f"renderer: {painter.name}; task: {args.task or 'not in TASKS, so no success rate'}")
         if "llvmpipe" in painter.name and Path("/dev/nvidiactl").exists():
             warn("the NVIDIA GPU does not draw: in a container, NVIDIA_DRIVER_CAPABILITIES=all is "
@@ -1089,7 +1074,7 @@ def main(argv=None):
 
 
 def stop_on_signals(stopping):
-    """Note SIGINT, SIGTERM and SIGHUP in the list `stopping`; returns the handlers before."""
+    """Note SIGINT, SIGTERM and SIGHUP in the list `stopping`; returns which it handles."""
 
     def stop(signum, _):
         stopping.append(signum)
@@ -1098,42 +1083,37 @@ def stop_on_signals(stopping):
         if WORLD_SIZE == 1:  # torchrun passes on what a terminal has sent to every rank already
             signal.signal(signum, signal.SIG_DFL)
 
-    if threading.current_thread() is not threading.main_thread():
-        return {}  # which alone may handle them
     signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
     signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
-    return {signum: signal.signal(signum, stop) for signum in signals}
+    for signum in signals:
+        signal.signal(signum, stop)
+    return signals
 
 
 def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
-    sac, stopping = SAC(args, device), []
-    clock = []  # when each stage of a round began, and its end
-    # all ranks start from the same weights, then differ; no --seed is as large as the difference
-    torch.manual_seed(args.seed + RANK * 2**32)
+    sac, stopping = SAC(args, device), []  # from the same weights on every rank
+    clock = []  # five times: when a round began to collect, draw, score and learn, and its end
     go_back = f"--resume {run_dir} goes on from the checkpoint before"
 
     def play(policy, seed):
-        """The stages before learning: obs, actions, rewards (N, T), success (N, T) bool."""
+        """The stages before learning: obs, actions, rewards (N, T), in_goal (N, T) bool."""
         clock[:] = [time.perf_counter()]
         obs, actions, rewards, infos = collect(envs, policy, seed)
         clock.append(time.perf_counter())
         qpos = obs[:, 1:, : HUMANOID.nq]  # reward t is that of the state after action t
         frames = painter(qpos) if clip_reward else None  # (N, T, V, H, W, 3)
-        success = goal_states(qpos)[args.task] if args.task else np.zeros(rewards.shape, bool)
-        success &= ~infos["unstable"][:, None]
+        in_goal = goal_states(qpos)[args.task] if args.task else np.zeros(rewards.shape, bool)
+        in_goal &= ~infos["unstable"][:, None]
         clock.append(time.perf_counter())
         if clip_reward:
             embeddings = clip_reward.embed_images(frames.reshape(-1, *frames.shape[3:]))
             # in place of Gymnasium's: (N, T, V), and their mean
             rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1).mean(-1)
         clock.append(time.perf_counter())
-        if infos["unstable"].any():
-            warn("a simulation blew up and was reset by MuJoCo; its episode counts as no success, "
-                 "its rewards as they are")  # fmt: skip
         finite = np.isfinite(rewards).all() and np.isfinite(obs).all()
         check(finite, f"a reward or an observation is not finite; {go_back}")
-        return obs, actions, rewards, success
+        return obs, actions, rewards, in_goal
 
     if args.evaluate:
         return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
@@ -1143,83 +1123,80 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     except RuntimeError as error:  # torch's, of the CPU or of a GPU
         sys.exit(f"error: no memory for --buffer-size {args.buffer_size} ({str(error)[:100]})")
     parts = {"sac": sac, "q_optimizer": sac.q_optimizer, "actor_optimizer": sac.actor_optimizer}
-    state = {"global_step": 0, "best_return": -math.inf}
+    counters = {"global_step": 0, "best_return": -math.inf, "ranks": WORLD_SIZE}
     robots, round_steps = args.num_envs // WORLD_SIZE, args.num_envs * EPISODE_LENGTH
     if args.resume:
-        load_checkpoint(run_dir, rb, parts, state)
+        load_checkpoint(run_dir, rb, parts, counters)
     if RANK == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-        except FileExistsError:
-            check(False, f"{run_dir} exists: another run has just taken the name")
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         about = {"args": asdict(args) | {"resume": ""}, "torch": torch.__version__}
         about["mujoco"] = mujoco.__version__
         (run_dir / "args.tmp").write_text(json.dumps(about, indent=2))
         os.replace(run_dir / "args.tmp", run_dir / "args.json")  # on resume: it may have more steps
     if WORLD_SIZE > 1:
         dist.barrier()  # the folder is there
-        seen = os.access(run_dir, os.W_OK)
-        check(seen, f"rank {RANK} can't write to {run_dir}: all nodes must share it")
     if not args.resume:
-        save_checkpoint(run_dir, rb, parts, state)  # from now on the run can be resumed
-    purge_step = state["global_step"] + 1 if args.resume else None
+        save_checkpoint(run_dir, rb, parts, counters)  # from now on the run can be resumed
+    purge_step = counters["global_step"] + 1 if args.resume else None
     writer = SummaryWriter(run_dir, purge_step=purge_step) if RANK == 0 else None
     if writer and not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     total, stop_now = args.total_timesteps, False
     bar = {"unit": "step", "dynamic_ncols": True, "disable": RANK > 0}
-    progress = tqdm(total=total, initial=state["global_step"], **bar)
+    progress_bar = tqdm(total=total, initial=counters["global_step"], **bar)
 
     def log(scalars):
         for key, value in scalars.items() if writer else ():
-            writer.add_scalar(key, value, state["global_step"])
+            writer.add_scalar(key, value, counters["global_step"])
 
-    def log_round(rewards, success, losses):
+    def log_round(rewards, in_goal, losses):
         shown = {"reward": f"{rewards.mean():.3f}"}
         log({f"losses/{key}": value for key, value in losses.items()})
         log(dict(zip(("time/collect", "time/draw", "time/score", "time/learn"), np.diff(clock))))
         log({"charts/SPS": round_steps / (clock[-1] - clock[0])})
         log({"charts/episodic_return": rewards.sum(1).mean()})
         if args.task:
-            log({"charts/success_rate": success_rate(success)})
-            shown["success"] = f"{success_rate(success):.0%}"
-        progress.set_postfix(shown, refresh=False)
-        progress.update(round_steps)
+            log({"charts/success_rate": success_rate(in_goal)})
+            shown["success"] = f"{success_rate(in_goal):.0%}"
+        progress_bar.set_postfix(shown, refresh=False)
+        progress_bar.update(round_steps)
 
     def keep_best():
         """A short evaluation. Is it the best by luck? Twice as many more episodes decide."""
         policy, few = functools.partial(sac.average_actor.act, sample=False), args.select_episodes
-        rewards, success, qpos = evaluate(play, policy, few, 2_000_000)
-        if rewards.sum(1).mean() > state["best_return"]:
-            rewards, success, qpos = evaluate(play, policy, 2 * few, 3_000_000)
-        if rewards.sum(1).mean() > state["best_return"]:
-            state["best_return"] = float(rewards.sum(1).mean())
-            best = {"actor": sac.average_actor.state_dict(), "global_step": state["global_step"]}
+        rewards, in_goal, qpos = evaluate(play, policy, few, 2_000_000)
+        if rewards.sum(1).mean() > counters["best_return"]:
+            rewards, in_goal, qpos = evaluate(play, policy, 2 * few, 3_000_000)
+        if rewards.sum(1).mean() > counters["best_return"]:
+            counters["best_return"] = float(rewards.sum(1).mean())
+            best = {"actor": sac.average_actor.state_dict(), "global_step": counters["global_step"]}
             atomic_save(best, run_dir / "best.pt")
-        # of a candidate the longer evaluation: the curve's highest point is the best policy
+        # the longer evaluation if there was one: so the curve's highest point is the best policy
         log({"eval/return": rewards.sum(1).mean()})
-        log({"eval/success_rate": success_rate(success)} if args.task else {})
-        return qpos[:2], success[:2]
+        log({"eval/success_rate": success_rate(in_goal)} if args.task else {})
+        return qpos[:2], in_goal[:2]
 
-    handlers = stop_on_signals(stopping)
-    while state["global_step"] < total and not stop_now:
+    signals = stop_on_signals(stopping)
+    while counters["global_step"] < total and not stop_now:
         # collect, draw, score
+        # of everything random in a round: so a resumed run goes on bit for bit. 10^9 and more;
+        # evaluations have 1, 2 and 3 million
+        round_seed = (args.seed + 1) * 10**9 + counters["global_step"] + RANK * robots
+        torch.manual_seed(round_seed)
         policy = sac.actor.act
-        if state["global_step"] < args.learning_starts:
+        if counters["global_step"] < args.learning_starts:
             policy = functools.partial(random_torques, torch.randn(robots, ACTION_DIM))
-        # 10^9 and more; evaluations have seeds of 1, 2 and 3 million
-        episode_seed = (args.seed + 1) * 10**9 + state["global_step"] + RANK * robots
-        obs, actions, rewards, success = play(policy, episode_seed)
+        obs, actions, rewards, in_goal = play(policy, round_seed)
         # learn
         rb.add(obs=obs, actions=actions, rewards=rewards)
-        state["global_step"] = global_step = state["global_step"] + round_steps
+        counters["global_step"] = global_step = counters["global_step"] + round_steps
         losses = sac.learn(rb, global_step / total) if global_step >= args.learning_starts else {}
         clock.append(time.perf_counter())
         finite = all(weights.isfinite().all() for weights in sac.parameters())
         check(finite, f"a weight is not finite at step {global_step}; {go_back}")
         # report and save
-        log_round(rewards, success, losses)
+        log_round(rewards, in_goal, losses)
         due = global_step >= total or global_step % args.eval_frequency < round_steps
         pictures = keep_best() if due and losses and RANK == 0 else None  # the others wait below
         signalled = torch.tensor(float(len(stopping)), device=device)
@@ -1228,25 +1205,21 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         if due or stop_now:
             if writer:
                 writer.flush()
-            save_checkpoint(run_dir, rb, parts, state)
+            save_checkpoint(run_dir, rb, parts, counters)
         if pictures:
             film(film_painter, *pictures, run_dir / f"video_{global_step:09d}")
-    progress.close()
+    progress_bar.close()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if RANK > 0:
         return None
     writer.close()
-    summary = None
     if stop_now:
-        print(f"stopped at step {state['global_step']}; go on with --resume {run_dir}")
-    else:
-        for signum in handlers:  # all is saved: --evaluate can do the rest
-            signal.signal(signum, lambda *_: sys.exit(0))
-        summary = final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    return summary
+        print(f"stopped at step {counters['global_step']}; go on with --resume {run_dir}")
+        return None
+    for signum in signals:  # end at once: all is saved, --evaluate can do the rest
+        signal.signal(signum, lambda *_: sys.exit(0))
+    return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
 
 
 if __name__ == "__main__":

@@ -278,8 +278,6 @@ def assert_same(one, other):
             one_by_one = [[x for x in values if torch.is_tensor(x)] for values in leaves]
             assert len(one_by_one[0]) == len(one_by_one[1]) > 0
             assert all(torch.equal(x, y) for x, y in zip(*one_by_one))
-        if "rng" in a:
-            assert torch.equal(a["rng"], b["rng"])
     assert scalars(one) == scalars(other)
 
 
@@ -361,7 +359,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_offered():
     ppo.main([*SMALL, "--total-timesteps", "1600", "--run-name", "run"])
     before, last = sorted(Path("runs/run").glob("checkpoint_*.pt"))
     last.write_bytes(last.read_bytes()[:1000])
-    damaged = f"{last.name} is damaged; remove the newest checkpoint to resume the one before"
+    hint = "remove the newest checkpoint to resume the one before"
+    damaged = f"{last.name} is damaged or of another version; {hint}"
     with pytest.raises(SystemExit, match=damaged):
         ppo.main(["--resume", "runs/run"])
     last.unlink()

@@ -375,7 +375,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(signum, to, whole
     assert_no_orphans(process.pid)
     stopped = checkpoints("runs/run")[-1]
     assert stopped.name < "checkpoint_000000800.pt"
-    step = torch.load(stopped, weights_only=True)["state"]["global_step"]
+    step = torch.load(stopped, weights_only=True)["counters"]["global_step"]
     assert scalars("runs/run")["charts/episodic_return"][-1][0] == step
     sac_vlmrm.main(["--resume", "runs/run"])
     assert_same(whole[0], Path("runs/run"))
@@ -467,7 +467,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(whole, copy, t
     malice = pickle.dumps(Malice(tmp_path / "run_by_pickle"))
     for path, content in ((last, intact[: len(intact) // 2]), (last, malice), (chunk, b"")):
         path.write_bytes(content)
-        words = f"{path.name} is damaged; remove the newest checkpoint to resume the one before"
+        hint = "remove the newest checkpoint to resume the one before"
+        words = f"{path.name} is damaged or of another version; {hint}"
         with pytest.raises(SystemExit, match=words):
             sac_vlmrm.main(["--resume", "runs/run"])
         last.write_bytes(intact)
