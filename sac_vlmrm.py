@@ -538,8 +538,8 @@ class CLIPReward(nn.Module):
                 known = set(" ".join(sentences).replace(",", " ").split())
                 words = dict.fromkeys(prompt.lower().replace(",", " ").split())
                 if unknown := [word for word in words if word not in known]:
-                    meant = self.embed_prompts([prompt])
-                    nearest = max(sentences, key=lambda text: self.embed_prompts([text]) @ meant)
+                    meant, embed = self.embed_prompts([prompt]), self.embed_prompts
+                    nearest = max(sentences, key=lambda text: (embed([text]) * meant).sum())
                     warn(f"{clip_model}, no zero-shot model, never saw {', '.join(unknown)}; it "
                          f'takes this for "{nearest}"; what it was taught: {taught}')  # fmt: skip
         self.register_buffer("goal", self.embed_prompts(goal))  # (D,)
