@@ -219,7 +219,7 @@ def test_textured_mountain_is_a_picture():
 
 
 # PPO
-@pytest.mark.parametrize("env_id, steps", [*zip(ppo.SCENES, (112_000, 128_000))])
+@pytest.mark.parametrize("env_id, steps", [*zip(ppo.SCENES, (112_000, 192_000))])
 def test_ppo_solves_the_scene_with_the_true_reward(env_id, steps):
     flags = f"--env-id {env_id} --reward ground-truth --seed 21 --total-timesteps {steps}"
     flags += " --eval-episodes 20 --device cpu --run-name solved"
