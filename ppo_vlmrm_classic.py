@@ -774,10 +774,10 @@ def main(argv=None):
             writer.add_scalar(key, value, counters["global_step"])
 
     def save():
-        """A checkpoint where all episodes end: nothing of the environments needs saving; and each
-        round has a seed of its own: no state of a random generator does."""
+        """A checkpoint where all episodes end: nothing of the environments needs saving."""
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
-        checkpoint["counters"] = counters
+        checkpoint |= {"counters": counters, "rng": torch.get_rng_state()}
+        checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if device == "cuda" else None
         atomic_save(checkpoint, run_dir / f"checkpoint_{counters['global_step']:09d}.pt")
         for old in sorted(run_dir.glob("checkpoint_*.pt"))[:-2]:
             old.unlink()
@@ -785,10 +785,13 @@ def main(argv=None):
     if args.resume:
         checkpoints = sorted(run_dir.glob("checkpoint_*.pt"))
         check(checkpoints, f"{run_dir} has no checkpoint to resume from")
-        saved = load_saved(checkpoints[-1], [*parts, "counters"])
+        saved = load_saved(checkpoints[-1], [*parts, "counters", "rng", "cuda_rng"])
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         counters = saved["counters"]
+        torch.set_rng_state(saved["rng"])
+        if device == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
     else:
         line, rewards, epic = landscape(args, scene, clip_reward, embed)
         if args.standardize and args.reward == "vlm":
@@ -847,7 +850,6 @@ def main(argv=None):
 
         # collect, draw, score
         seeds = [args.seed * 10**9 + global_step + i for i in range(args.num_envs)]
-        torch.manual_seed(seeds[0])  # of all else that is random in a round
         obs, actions, rewards, states = play(agent.act, seeds)
         counters["global_step"] = global_step = global_step + args.num_envs * EPISODE_LENGTH
 
