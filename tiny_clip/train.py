@@ -496,7 +496,6 @@ def describe(poser, qpos):
     tall, low, lifted = line(1.22, 0.02), line(0.06, 0.015), line(0.12, 0.015)
     raised_above, near_hip = poser.rng.uniform(0.15, 0.4), poser.rng.uniform(0.09, 0.18)
     past_middle, at_chest = line(0.07, 0.02), line(0.2, 0.03)
-    split = spread > apart and max(bend) < straight and max(feet) < line(0.03, 0.008)
 
     if airborne:
         posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
@@ -505,7 +504,7 @@ def describe(poser, qpos):
     elif max(knees) < 0.025 and tilt < 75:
         if seat < low and tilt < 50:
             posture = "sitting between heels" if max(bend) > 60 else "half splits"
-            posture = "splits" if split else posture
+            posture = "splits" if spread > apart and max(bend) < straight else posture
             if tilt > upright + 12:
                 posture = "sitting leaning back" if lean == "back" else "toppling"
         elif max(hands) < 0.06 and tilt > 30:
@@ -527,7 +526,7 @@ def describe(poser, qpos):
             posture = "lotus"
         elif max(bend) < 40:
             posture = "half splits" if spread > 45 else "sitting"
-            posture = "splits" if split else posture
+            posture = "splits" if spread > apart and max(bend) < straight else posture
         else:
             posture = "half lotus" if spread > 55 else "sitting knees up"
     elif min(knees) < 0.025 and tilt < 40 and height > 0.6:
@@ -573,9 +572,9 @@ def describe(poser, qpos):
             hold.append("head")
         elif hip < near_hip:
             hold.append("hips")
-        elif y < -past_middle and 0.03 < x < 0.45 and abs(z) < at_chest:
+        elif y < -past_middle and x > 0.03 and abs(z) < at_chest:
             hold.append("crossed")
-        elif y < 0.08 and 0.08 < x < 0.45 and abs(z) < 0.3:
+        elif y < 0.08 and x > 0.08 and abs(z) < 0.3:
             hold.append("together")
         elif y > 0.55 and abs(z) < 0.3:
             hold.append("out")
