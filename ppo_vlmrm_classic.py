@@ -392,8 +392,9 @@ def load_clip(clip_model, device, precision):
     except ImportError as error:
         sys.exit(f"error: {flag}: pip install transformers sentencepiece ({error})")
     except Exception as error:  # a broken or foreign file, a failed download: each raises its own
-        hint = "offline, download the whole repository and use local-dir:FOLDER; of a file that is "
-        hint += "more than weights, if you trust it, torch.save() the state_dict alone"
+        hint = "offline, download the whole repository and use local-dir:FOLDER"
+        if re.search("weights_only|TorchScript", str(error)):
+            hint = "it is more than weights; if you trust it, torch.save() its state_dict alone"
         reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
         sys.exit(f"error: {flag} can't be loaded ({reason}); {hint}")
     look = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
@@ -911,5 +912,5 @@ if __name__ == "__main__":
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     try:
         main()
-    except OSError as error:  # a full disk, most of all
-        sys.exit(f"error: {error}. What was saved before is whole; make room, then --resume")
+    except OSError as error:  # a full disk, a folder of somebody else's
+        sys.exit(f"error: {error}. What was saved before is whole; mend that, then --resume")

@@ -87,8 +87,11 @@ HUMANOID = mujoco.MjModel.from_xml_path(HUMANOID_XML)
 OBS_DIM = HUMANOID.nq + HUMANOID.nv + 16 * (HUMANOID.nbody - 1)  # 255, see VLMHumanoid
 ACTION_DIM = HUMANOID.nu  # 17
 FRAME_SKIP = 5  # of MuJoCo's steps of 3 ms in one of ours
-WARN = mujoco.mjtWarning
-ABSURD = slice(WARN.mjWARN_BADQPOS.value, WARN.mjWARN_BADQACC.value + 1)  # a state that can't be
+ABSURD = [
+    mujoco.mjtWarning.mjWARN_BADQPOS.value,
+    mujoco.mjtWarning.mjWARN_BADQVEL.value,
+    mujoco.mjtWarning.mjWARN_BADQACC.value,
+]  # warnings of a state that can't be
 EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
 # azimuth, in degrees, of cameras that stand still ("front" is the paper's); None: Gymnasium's,
 # which moves with the robot
@@ -342,9 +345,7 @@ class Painter:
         spec = mujoco.MjSpec.from_file(HUMANOID_XML)
         if textures == "modified":
             modify_textures(spec)
-        spec.geom("floor").size[2] = (
-            5  # m between the corners drawn; Gymnasium's 0.125 makes 10,000s
-        )
+        spec.geom("floor").size[2] = 5  # m between the corners drawn: Gymnasium draws 10,000s
         spec.lights[0].castshadow = False
         quality = spec.visual.quality
         quality.shadowsize = quality.offsamples = 0  # CLIP blurs a frame anyway: no 4x MSAA
@@ -498,8 +499,9 @@ def load_clip(clip_model, device, precision):
     except ImportError as error:
         sys.exit(f"error: {flag}: pip install transformers sentencepiece ({error})")
     except Exception as error:  # a broken or foreign file, a failed download: each raises its own
-        hint = "offline, download the whole repository and use local-dir:FOLDER; of a file that is "
-        hint += "more than weights, if you trust it, torch.save() the state_dict alone"
+        hint = "offline, download the whole repository and use local-dir:FOLDER"
+        if re.search("weights_only|TorchScript", str(error)):
+            hint = "it is more than weights; if you trust it, torch.save() its state_dict alone"
         reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
         sys.exit(f"error: {flag} can't be loaded ({reason}); {hint}")
     look = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
@@ -1111,6 +1113,9 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
             # in place of Gymnasium's: (N, T, V), and their mean
             rewards = clip_reward(embeddings).cpu().numpy().reshape(*rewards.shape, -1).mean(-1)
         clock.append(time.perf_counter())
+        if infos["unstable"].any():
+            warn("MuJoCo reset a simulation that blew up; its episode counts as no success, its "
+                 "rewards as they are")  # fmt: skip
         finite = np.isfinite(rewards).all() and np.isfinite(obs).all()
         check(finite, f"a reward or an observation is not finite; {go_back}")
         return obs, actions, rewards, in_goal
@@ -1233,5 +1238,5 @@ if __name__ == "__main__":
             raise
         hint = "its own error stands above, if it had one; --resume goes on from a checkpoint"
         sys.exit(f"error: another rank is lost ({str(error)[:200]}); {hint}")
-    except OSError as error:  # a full disk, most of all
-        sys.exit(f"error: {error}. What was saved before is whole; make room, then --resume")
+    except OSError as error:  # a full disk, a folder of somebody else's
+        sys.exit(f"error: {error}. What was saved before is whole; mend that, then --resume")
