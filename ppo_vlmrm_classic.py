@@ -573,7 +573,8 @@ def film(scene, states, in_goal, textured, path):
         frames[in_goal[..., None, None] & edge] = (40, 200, 80)
         rows = [np.concatenate(row, axis=1) for row in frames[:, 19::20, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
-        iio.imwrite(path.with_suffix(".mp4"), np.concatenate(frames[:4], axis=2), fps=50)
+        video = np.concatenate(frames[:4], axis=2)
+        iio.imwrite(path.with_suffix(".mp4"), video, fps=50, plugin="FFMPEG")
     except Exception as error:
         warn(f"no video: {' '.join(str(error).split())[:200]}")
 

@@ -359,13 +359,16 @@ class Painter:
                 camera.distance, camera.azimuth, camera.elevation = 3.5, azimuth, -10
                 camera.lookat = [0, 0, 1]
             self.cameras.append(camera)
-        self.threads = [ThreadPoolExecutor(1) for _ in range(num_threads)]
+        self.threads, self.renderers = [], []
         try:
-            sizes = [size] * num_threads
-            self.renderers = self.on_threads(lambda hw: mujoco.Renderer(self.model, *hw), sizes)
-            from OpenGL import GL  # of the platform that MuJoCo has chosen
+            for _ in range(num_threads):
+                self.threads.append(thread := ThreadPoolExecutor(1))
+                self.renderers.append(thread.submit(mujoco.Renderer, self.model, *size).result())
+                from OpenGL import GL  # of the platform that MuJoCo has chosen
 
-            self.name = self.on_threads(GL.glGetString, [GL.GL_RENDERER])[0].decode()
+                self.name = thread.submit(GL.glGetString, GL.GL_RENDERER).result().decode()
+                if "NVIDIA" in self.name:  # an H200 drew 800 frames in 3 s, on one thread or on 16
+                    break
         except Exception as error:  # every platform raises its own
             packages = "apt-get install libegl1 libgl1-mesa-dri, or a smaller --image-size"
             sys.exit(f"error: OpenGL can't draw ({error}): {packages}")
@@ -917,7 +920,8 @@ def film(painter, qpos, in_goal, path):
         frames[in_goal[..., None, None] & edge] = (40, 200, 80)
         rows = [np.concatenate(row, axis=1) for row in frames[:, 9::10, ::2, ::2]]
         iio.imwrite(path.with_suffix(".png"), np.concatenate(rows))
-        iio.imwrite(path.with_suffix(".mp4"), np.concatenate(frames[:4], axis=2), fps=33)
+        video = np.concatenate(frames[:4], axis=2)
+        iio.imwrite(path.with_suffix(".mp4"), video, fps=33, plugin="FFMPEG")
     except Exception as error:
         warn(f"no video: {' '.join(str(error).split())[:200]}")
 

@@ -173,7 +173,7 @@ class Script:
                 renderer.render(out=frame)
 
         frames = self.frames.reshape(-1, *self.frames.shape[-3:])
-        shares = np.array_split(frames, THREADS)
+        shares = np.array_split(frames, len(self.painter.threads))
         self.painter.on_threads(render, self.painter.renderers, shares)
         return self.rewards.size
 

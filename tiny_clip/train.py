@@ -661,7 +661,9 @@ def train(args, data, model, preprocess, tokenizer):
     and is dropped afterwards."""
     frames, balance = data["frames"], data["balance"]
     targets, positions = torch.as_tensor(data["targets"]), torch.as_tensor(data["positions"])
-    position_head = nn.Linear(128, positions.shape[1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    position_head = nn.Linear(128, positions.shape[1], device=device)
     always = torch.arange(targets.shape[1]) < len(CONCEPTS)
     parameters = [*model.parameters(), *position_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.05, fused=True)
@@ -669,12 +671,12 @@ def train(args, data, model, preprocess, tokenizer):
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
     schedule = one_cycle(optimizer, args.lr, total_steps=steps, pct_start=0.05)
     rng = np.random.default_rng(args.seed)
-    bf16 = torch.cpu._is_avx512_bf16_supported()
+    bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
     model.train()
     progress = tqdm(range(steps), dynamic_ncols=True, mininterval=5)
     for step in progress:
         rows = rng.choice(len(frames), args.batch_size, p=balance)
-        images = torch.as_tensor(frames[rows]).permute(0, 3, 1, 2).float() / 255
+        images = torch.as_tensor(frames[rows]).to(device).permute(0, 3, 1, 2).float() / 255
         seen = targets[rows].sum(0) > 0
         # the batch's captions, and all of the humanoid: C of them
         used = torch.nonzero(seen | always)[:, 0].tolist()
@@ -682,17 +684,18 @@ def train(args, data, model, preprocess, tokenizer):
         for texts in (data["wordings"][i] for i in used):
             wording = texts[rng.integers(len(texts))]
             captions.append(wording.replace("{s}", SUBJECTS[rng.integers(len(SUBJECTS))]))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):  # twice as fast
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):  # twice as fast
             features = model.encode_image(preprocess(images))
-            text = model.encode_text(tokenizer(captions))
+            text = model.encode_text(tokenizer(captions).to(device))
         features, text = features.float(), F.normalize(text.float(), dim=-1)  # (B, 128), (C, 128)
         scale = model.logit_scale.exp()
         logits = scale.clamp(max=20) * F.normalize(features, dim=-1) @ text.T  # (B, C)
-        target, seen = targets[rows][:, used], seen[used]
+        target, seen = targets[rows][:, used].to(device), seen[used].to(device)
         of_text = (target / target.sum(0).clamp(min=1e-6)).T[seen]  # (C', B)
         loss_clip = F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits.T[seen], of_text)
         where = torch.as_tensor(data["is_humanoid"][rows])
-        loss_position = F.smooth_l1_loss(position_head(features)[where], positions[rows][where])
+        there = positions[rows][where].to(device)
+        loss_position = F.smooth_l1_loss(position_head(features)[where], there)
         loss = loss_clip + 2.0 * loss_position
         optimizer.zero_grad()
         loss.backward()
@@ -702,7 +705,7 @@ def train(args, data, model, preprocess, tokenizer):
         if step % 50 == 0:
             scalars = {"clip": loss_clip, "position": loss_position, "scale": scale}
             progress.set_postfix({key: f"{value.item():.3f}" for key, value in scalars.items()})
-    return model.eval()
+    return model.cpu().eval()
 
 
 def sentences_of(texts):
