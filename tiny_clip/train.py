@@ -121,16 +121,17 @@ POSES = {
 }  # fmt: skip
 FREQUENT = {
     **{"stand": 10, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3},
-    **{"splits": 4, "lotus": 4, "bent knees": 2, "kneel back": 2, "kneel far back": 2},
+    **{"splits": 6, "splits half": 2, "lotus": 7, "lotus half": 2, "lotus upright": 5},
+    **{"bent knees": 2, "kneel back": 2, "kneel far back": 2},
     **{"sit on heels": 2, "one knee": 2, "knee lifted": 5, "stand wide": 2, "step": 2},
 }
 
 # Where the right hand is in the torso's frame, for each way to hold the arms.
 ARMS = {
     "raised": lambda p: p[:, 2] > 0.3,
-    "head": lambda p: (abs(p[:, 2] - 0.19) < 0.12) & (abs(p[:, 1]) < 0.25),
+    "head": lambda p: (abs(p[:, 2] - 0.19) < 0.12) & (abs(p[:, 1]) < 0.25) & (p[:, 0] < 0.25),
     "hips": lambda p: np.linalg.norm(p - [0.0, -0.2, -0.345], axis=1) < 0.12,
-    "crossed": lambda p: (p[:, 1] > 0.03) & (p[:, 0] > 0.08) & (abs(p[:, 2]) < 0.22),
+    "crossed": lambda p: (p[:, 1] > 0.06) & (p[:, 0] > 0.08) & (abs(p[:, 2]) < 0.22),
     "together": lambda p: (abs(p[:, 1] + 0.03) < 0.06) & (p[:, 0] > 0.15) & (abs(p[:, 2]) < 0.25),
     "side": lambda p: (p[:, 1] < -0.6) & (abs(p[:, 2]) < 0.25),
     "front": lambda p: (p[:, 0] > 0.42) & (abs(p[:, 2]) < 0.25),
@@ -197,7 +198,7 @@ class Poser:
 
     def set_arms(self, angles):
         rng = self.rng
-        kinds = ["raised", "raised", "raised", "head", "hips", "hips", "crossed", "crossed"]
+        kinds = ["raised", "raised", "raised", "head", "hips", "hips", *["crossed"] * 4]
         kinds += ["together", "side", "front", "down", "down", "any", "any", "zero", "zero", "zero"]
         kind = rng.choice(kinds)
         both = rng.random() < 0.8
@@ -496,6 +497,8 @@ def describe(poser, qpos):
     tall, low, lifted = line(1.22, 0.02), line(0.06, 0.015), line(0.12, 0.015)
     raised_above, near_hip = poser.rng.uniform(0.15, 0.4), poser.rng.uniform(0.09, 0.18)
     past_middle, at_chest = line(0.07, 0.02), line(0.2, 0.03)
+    split = spread > apart and max(bend) < straight and max(feet) < line(0.03, 0.008)
+    split = split and min(abs(k[1]) for k in knee_at) > line(0.25, 0.02)  # to the sides
 
     if airborne:
         posture = "kneeling in the air" if tilt < 40 and min(bend) > 60 else "in the air"
@@ -504,7 +507,7 @@ def describe(poser, qpos):
     elif max(knees) < 0.025 and tilt < 75:
         if seat < low and tilt < 50:
             posture = "sitting between heels" if max(bend) > 60 else "half splits"
-            posture = "splits" if spread > apart and max(bend) < straight else posture
+            posture = "splits" if split else posture
             if tilt > upright + 12:
                 posture = "sitting leaning back" if lean == "back" else "toppling"
         elif max(hands) < 0.06 and tilt > 30:
@@ -526,7 +529,7 @@ def describe(poser, qpos):
             posture = "lotus"
         elif max(bend) < 40:
             posture = "half splits" if spread > 45 else "sitting"
-            posture = "splits" if spread > apart and max(bend) < straight else posture
+            posture = "splits" if split else posture
         else:
             posture = "half lotus" if spread > 55 else "sitting knees up"
     elif min(knees) < 0.025 and tilt < 40 and height > 0.6:
@@ -568,13 +571,13 @@ def describe(poser, qpos):
         hip = np.linalg.norm(on_hip)
         if z > raised_above:
             hold.append("raised")
-        elif z > 0.07 and abs(y) < 0.28:
+        elif z > 0.07 and abs(y) < 0.28 and x < 0.25:
             hold.append("head")
         elif hip < near_hip:
             hold.append("hips")
         elif y < -past_middle and x > 0.03 and abs(z) < at_chest:
             hold.append("crossed")
-        elif y < 0.08 and x > 0.08 and abs(z) < 0.3:
+        elif y < 0.08 and 0.08 < x < 0.45 and abs(z) < 0.3:
             hold.append("together")
         elif y > 0.55 and abs(z) < 0.3:
             hold.append("out")
