@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What there is to measure on a machine with one GPU, in twelve minutes at most: bash tests/gpu.sh
-# As a whole untested: on an H200 (11e73a2) these commands, but for the benchmark and the drawing,
+# What there is to measure on a machine with one GPU, in 13 minutes at most: bash tests/gpu.sh
+# As a whole untested: on an H200 (11e73a2) such trainings, a resume and the first rounds of one-gpu
 # ran beside others. A failed step does not stop the next; all is kept in runs/gpu.log.
 set -o pipefail
 cd "$(dirname "$0")/.." && mkdir -p runs
@@ -9,7 +9,7 @@ export TQDM_MININTERVAL=20
 
 step() { # title, seconds at most, command
     echo; echo "== $1 ($SECONDS s since the start)"
-    timeout "$2" bash -c "$3" || echo "== FAILED or out of time: rc $?"
+    timeout "$2" bash -c "trap : TERM; $3"  # a run that is stopped may save || echo "== FAILED or out of time: rc $?"
 }
 if ! python -c "import torch, sac_vlmrm; assert torch.cuda.is_available()"; then
     echo "error: no GPU that PyTorch sees, or requirements.txt is not installed"; exit 1
@@ -26,11 +26,11 @@ for n in (1, 1, 2, 4, 8):
     start = time.time()
     list(ThreadPoolExecutor(n).map(lambda painter: painter(qpos), painters[:n]))
     print(n, \"threads\", round(n * len(qpos) / (time.time() - start)), painters[0].name)"'
-step "the default command, cut to 30,000 steps" 160 \
+step "the default command, cut to 20,000 steps" 160 \
     'time python sac_vlmrm.py --prompt "a humanoid robot kneeling" --device cuda \
-        --total-timesteps 30000 --run-name gpu --eval-episodes 40'
-step "resumed up to 34,000" 60 \
-    'time python sac_vlmrm.py --resume runs/gpu --total-timesteps 34000 --eval-episodes 8'
+        --total-timesteps 20000 --run-name gpu --eval-episodes 40'
+step "resumed up to 24,000" 60 \
+    'time python sac_vlmrm.py --resume runs/gpu --total-timesteps 24000 --eval-episodes 8'
 step "the benchmark, as far as it comes (needs stable-baselines3)" 300 'time python tests/benchmark.py'
 step "three rounds of one-gpu with random weights of ViT-bigG-14" 150 '
     (cd tests && python -c "import models; models.hollow_weights(\"ViT-bigG-14\", \"/tmp/bigG.pt\")")
