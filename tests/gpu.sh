@@ -9,7 +9,8 @@ export TQDM_MININTERVAL=20
 
 step() { # title, seconds at most, command
     echo; echo "== $1 ($SECONDS s since the start)"
-    timeout "$2" bash -c "trap : TERM; $3"  # a run that is stopped may save || echo "== FAILED or out of time: rc $?"
+    # the trap: bash waits for a run that time has stopped, until it has saved
+    timeout "$2" bash -c "trap : TERM; $3" || echo "== FAILED or out of time: rc $?"
 }
 if ! python -c "import torch, sac_vlmrm; assert torch.cuda.is_available()"; then
     echo "error: no GPU that PyTorch sees, or requirements.txt is not installed"; exit 1
