@@ -136,11 +136,11 @@ class Args:
     eval_frequency: int = 10_000  # steps between checkpoints; once it learns, with an evaluation
     select_episodes: int = 8  # of these evaluations; twice as many more confirm a new best policy
     # SAC
-    total_timesteps: int = 50_000  # of all robots together
+    total_timesteps: int = 30_000  # of all robots together
     num_envs: int = 8  # robots
     learning_starts: int = 5000  # steps of random torques before the first update
     gradient_steps: int = 400  # updates per round (one episode of every robot)
-    buffer_size: int = 20_000  # steps; 25 rounds, since in older ones robots fall sooner
+    buffer_size: int = 8000  # steps: the last ten rounds, since in older ones robots fall sooner
     batch_size: int = 128  # transitions per update
     gamma: float = 0.98  # discount per step: looks 50 steps ahead, the paper's 0.95 only 20
     n_step: int = 5  # rewards summed up before the critics' estimate takes over; 1: plain SAC
@@ -162,6 +162,7 @@ BIG_G = {"clip_model": "ViT-bigG-14/laion2b_s39b_b160k", "clip_precision": "bf16
 PRESETS = {
     "one-gpu": Args(
         **BIG_G, total_timesteps=80_000, num_envs=16, reward_batch_size=400, gradient_steps=800,
+        buffer_size=16_000,
     ),
     "paper": Args(
         **BIG_G, num_envs=32, reward_batch_size=800, total_timesteps=10_000_000,

@@ -45,7 +45,7 @@ class Args:
     data_seed: int = 1  # of the frames
     out: Path = HERE  # folder for the model, its configuration, sentences.txt and report.json
     start: Path | None = None  # folder of a model to go on from, instead of random weights
-    frames: int = 90_000  # humanoid frames, two of three from the front, one from the side
+    frames: int = 120_000  # humanoid frames, two of three from the front, one from the side
     classic_frames: int = 10_000  # frames of the two classic-control scenes
     passes: float = 9.0  # times every frame is seen
     batch_size: int = 64
@@ -109,6 +109,8 @@ POSES = {
     "lotus": dict(legs=(5, -60, -80, -160), abdomen=-55),
     "lotus upright": dict(legs=(2, -58, -88, -155), abdomen=-25),
     "lotus half": dict(legs=(-2, -45, -100, -115)),
+    "lotus, a knee ahead": dict(legs=(0, -60, -80, -160), left=(-8, -15, -70, -160), abdomen=-60),
+    "lotus, a knee inward": dict(legs=(5, -60, -80, -160), left=(-22, 30, -55, -160), abdomen=-65),
     "lie on back": dict(legs=(-5, 0, -10, -20), pitch=-88),
     "lie on back knees up": dict(legs=(-5, 0, -70, -90), pitch=-85),
     "lie on front": dict(legs=(-5, 0, 0, -15), pitch=88),
@@ -122,6 +124,7 @@ POSES = {
 FREQUENT = {
     **{"stand": 10, "kneel": 5, "kneel wide": 2, "kneel low": 2, "half down": 3, "one leg": 3},
     **{"splits": 6, "splits half": 2, "lotus": 7, "lotus half": 2, "lotus upright": 5},
+    **{"lotus, a knee ahead": 5, "lotus, a knee inward": 5},
     **{"bent knees": 2, "kneel back": 2, "kneel far back": 2},
     **{"sit on heels": 2, "one knee": 2, "knee lifted": 5, "stand wide": 2, "step": 2},
 }
@@ -219,6 +222,17 @@ class Poser:
             kept = [self.index[f"{self.rng.choice(['right', 'left'])}_{j}"] for j in arm]
             angles[kept] = qpos[7:][kept]
         return np.concatenate([qpos[:7], angles])
+
+    def other_legs(self, qpos):
+        """The same body with one leg on its way, by some share, to what the other one does, so that
+        it is told apart whether both or only one are as asked."""
+        legs = [[7 + self.index[f"{side}_{j}"] for j in LEG_JOINTS] for side in ("right", "left")]
+        self.rng.shuffle(legs)
+        result, share = qpos.copy(), self.rng.random()
+        result[legs[0]] += share * (qpos[legs[1]] - qpos[legs[0]])
+        self.forward(result)
+        result[2] -= self.lowest()
+        return result
 
     def sample_pose(self):
         """A pose of the table, or a blend of two, with noise, on the floor (or above it); (24,)."""
@@ -521,11 +535,11 @@ def describe(poser, qpos):
             if lean == "back" and tilt > 38:
                 posture = "kneeling far back"
     elif seat < low and tilt < 75:
-        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > line(0.1, 0.02)
+        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > line(0.13, 0.05)
         wide = wide and min(bend) > 70
         if tilt > upright + 12:
             posture = "sitting leaning back" if lean == "back" else "toppling"
-        elif wide and max(knees) < line(0.26, 0.02):
+        elif wide and max(knees) < line(0.26, 0.03):
             posture = "lotus"
         elif max(bend) < 40:
             posture = "half splits" if spread > 45 else "sitting"
@@ -612,6 +626,7 @@ def make_chunk(job):
     rng = np.random.default_rng(seed)
     poser = Poser(rng)
     states = list(visited) + [poser.other_arms(qpos) for qpos in visited[::2] if qpos[2] > 1]
+    states += [poser.other_legs(qpos) for qpos in visited if qpos[2] < 0.7]
     while len(states) < count:
         if rng.random() < 0.06:
             states += poser.sample_motion(int(rng.integers(12, 140)))
