@@ -45,7 +45,7 @@ class Args:
     data_seed: int = 1  # of the frames
     out: Path = HERE  # folder for the model, its configuration, sentences.txt and report.json
     start: Path | None = None  # folder of a model to go on from, instead of random weights
-    frames: int = 120_000  # humanoid frames, two of three from the front, one from the side
+    frames: int = 150_000  # humanoid frames, two of three from the front, one from the side
     classic_frames: int = 10_000  # frames of the two classic-control scenes
     passes: float = 9.0  # times every frame is seen
     batch_size: int = 64
@@ -246,7 +246,7 @@ class Poser:
             (1 - blend) * pose.get(key, 0) + blend * other.get(key, 0)
             for key in ("pitch", "roll", "air")
         )
-        spread = rng.choice([2, 6, 12])  # degrees
+        spread = rng.choice([2, 6, 12, 12, 30])  # degrees
         angles = self.set_arms(angles) + np.radians(spread) * rng.standard_normal(17)
         pitch, roll = np.radians(
             [pitch, roll * rng.choice([-1, 1])] + spread * rng.standard_normal(2)
@@ -559,7 +559,7 @@ def describe(poser, qpos):
             posture = "one foot lifted" if max(feet) > 0.04 else "standing"
     elif tilt < 40 and height > 1.0:
         posture = f"leaning {lean}"
-    elif tilt < 40 and height > 0.55:
+    elif tilt < 40:
         posture = "crouching" if height > 0.8 else "deep squat"
     elif height > 0.55 and seat > 0.3:
         straight = max(bend) < 45 and min(feet) < 0.1
