@@ -768,7 +768,7 @@ class SAC(nn.Module):
         (actor_loss + alpha_loss).backward()
         average(self.actor.weights.grad, self.log_alpha.grad)
         self.actor_optimizer.step()
-        follow(self.average_actor, self.actor, 0.0002)  # the average of some 5000 updates
+        follow(self.average_actor, self.actor, 0.001)  # the average of some 1000 updates
         return {"actor_loss": actor_loss, "alpha": alpha, "entropy": -log_prob}
 
     def batches(self, rb):
