@@ -155,7 +155,7 @@ dist.broadcast(critics.weights.data, 0)
 assert (mine - whole).abs().max() > 1e-4
 s.average(mine)
 torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-6)
-print("rank", s.RANK, "is done", flush=True)
+print(f"rank {{s.RANK}} is done\\n", end="", flush=True)  # one write: the ranks share a stream
 """
 
 
