@@ -143,7 +143,7 @@ class Args:
     buffer_size: int = 8000  # steps: the last ten rounds, since in older ones robots fall sooner
     batch_size: int = 128  # transitions per update
     gamma: float = 0.98  # discount per step: looks 50 steps ahead, the paper's 0.95 only 20
-    n_step: int = 5  # rewards summed up before the critics' estimate takes over; 1: plain SAC
+    n_step: int = 10  # rewards summed up before the critics' estimate takes over; 1: plain SAC
     tau: float = 0.005  # share by which the target critics follow at every update
     learning_rate: float = 6e-4  # of actor, critics and entropy coefficient
     alpha: float = 0.1  # SAC's entropy coefficient at the start (not the paper's: --clip-alpha)
@@ -932,7 +932,7 @@ def final_evaluation(args, run_dir, play, actor, painter):
     check((run_dir / "best.pt").is_file(), f"{run_dir} has not reached its first evaluation")
     best = load_saved(run_dir / "best.pt", ("actor", "global_step"))
     actor.load_state_dict(best["actor"])
-    many, few = args.eval_episodes, math.ceil(args.eval_episodes / 4)  # enough to see them fail
+    many, few = args.eval_episodes, args.select_episodes  # few: enough to see them fail
     policies = {
         "mean action": (many, lambda obs: actor.act(obs, sample=False)),
         "sampled action": (many, actor.act),
