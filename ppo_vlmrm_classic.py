@@ -111,7 +111,7 @@ class Args:
 # action is held for 20 steps and drawn wide: 1 in 3 such random episodes reaches the top.
 SWING = {"action_repeat": 20, "num_envs": 16, "total_timesteps": 400_000, "ent_coef": 0.01}
 DEFAULTS = {"CartPole-v1": {}, "MountainCarContinuous-v0": SWING}
-# flags that another part of the same run may have
+# flags that --resume may change
 MAY_CHANGE = "resume", "device", "total_timesteps", "eval_episodes", "reward_batch_size"
 
 
@@ -672,7 +672,7 @@ def parse_args(argv):
             saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
-        # tyro would add a prompt to the saved ones: it is to replace them
+        # tyro would append to the saved prompts, so blank them
         blank = replace(saved, prompt=(), baseline_prompt=())
         args = tyro.cli(Args, default=blank, args=argv)
         args.prompt = args.prompt or saved.prompt

@@ -28,7 +28,7 @@ A round of the main loop (Algorithm 1 of the paper) handles one episode of each 
     collect  physics: obs (N, T+1, O), actions (N, T, A)
     draw     what V cameras see: frames (N, T, V, H, W, 3); and, for the report, if it succeeds
     score    CLIP compares the frames with the sentence: rewards (N, T)
-    learn    into the replay buffer; SAC takes gradient steps on it
+    learn    fill the replay buffer; SAC takes gradient steps on it
 docs/fork.md says which function to change for another reward, VLM, robot or learner.
 """
 
@@ -120,7 +120,7 @@ class Args:
     clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: Gymnasium's, for walking
-    task: Literal["", *TASKS] = ""  # whose success to report, for a prompt in words of your own
+    task: Literal["", *TASKS] = ""  # whose success to report; by default the prompt's, if it is one
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
     # one view or several, e.g. front side: then the reward is their mean
@@ -136,19 +136,19 @@ class Args:
     eval_frequency: int = 10_000  # steps between checkpoints; once it learns, with an evaluation
     select_episodes: int = 8  # of these evaluations; twice as many more confirm a new best policy
     # SAC
-    total_timesteps: int = 30_000  # of all robots together; most poses take 40,000 to 50,000
+    total_timesteps: int = 30_000  # of all robots; enough to kneel, most need 40,000 to 50,000
     num_envs: int = 8  # robots
     learning_starts: int = 5000  # steps of random torques before the first update
     gradient_steps: int = 400  # updates per round (one episode of every robot)
     buffer_size: int = 8000  # steps: the last ten rounds, since in older ones robots fall sooner
     batch_size: int = 128  # transitions per update
     gamma: float = 0.98  # discount per step: looks 50 steps ahead, the paper's 0.95 only 20
-    n_step: int = 10  # rewards summed up before the critics' estimate takes over; 1: plain SAC
+    n_step: int = 10  # rewards summed up before the critics' estimate takes over; 1: as in SAC
     tau: float = 0.005  # share by which the target critics follow at every update
-    learning_rate: float = 6e-4  # of actor, critics and entropy coefficient
-    alpha: float = 0.1  # SAC's entropy coefficient at the start (not the paper's: --clip-alpha)
+    learning_rate: float = 6e-4  # of actor, critics and entropy coefficient; see anneal
+    alpha: float = 0.1  # SAC's entropy coefficient at first; the paper's alpha is --clip-alpha
     target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the number of motors
-    # second half of total_timesteps: learning rates fall to a tenth, target entropy to threefold
+    # second half of the run: rates of actor and critics fall to a tenth, target entropy triples
     anneal: bool = True
     normalize: bool = True  # scales of observations and rewards; LayerNorm in the hidden layers
     mirror: bool = True  # half of every batch with left and right exchanged, as if worth the same
@@ -171,7 +171,7 @@ PRESETS = {
         anneal=False, normalize=False, mirror=False,
     ),
 }  # fmt: skip
-# flags that another part of the same run may have
+# flags that --resume may change
 MAY_CHANGE = "resume", "device", "total_timesteps", "eval_episodes", "reward_batch_size"
 
 
@@ -268,7 +268,8 @@ class VLMHumanoid(gym.vector.VectorEnv):
 def mirror_image(device):
     """Functions of observations (..., 255) and of actions (..., 17) to the mirrored robot's.
 
-    Robot and picture are symmetric but for a knee's spring, a hip's armature, the sun, the floor.
+    The robot is symmetric but for a knee's spring and a hip's armature; its picture from the front
+    but for sun and floor; from the side only its outline is.
     """
     joints = [HUMANOID.joint(i).name for i in range(1, HUMANOID.njnt)]  # after the free one
     motors = [HUMANOID.actuator(i).name for i in range(HUMANOID.nu)]  # named like their joints
@@ -346,7 +347,7 @@ class Painter:
         spec = mujoco.MjSpec.from_file(HUMANOID_XML)
         if textures == "modified":
             modify_textures(spec)
-        spec.geom("floor").size[2] = 5  # m between the corners drawn: Gymnasium draws 10,000s
+        spec.geom("floor").size[2] = 5  # m between grid corners: Gymnasium's 0.125 are slow
         spec.lights[0].castshadow = False
         quality = spec.visual.quality
         quality.shadowsize = quality.offsamples = 0  # CLIP blurs a frame anyway: no 4x MSAA
@@ -678,7 +679,7 @@ class ReplayBuffer:
         self.total, self.newest = self.total + len(rows), rows
 
     def save(self, folder):
-        """Write a new chunk; delete old ones, but for what the checkpoint before needs."""
+        """Write a new chunk; delete those over `on_disk` episodes older than the one before."""
         previous, self.saved = self.saved, self.total
         rows = torch.arange(max(previous, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
@@ -706,8 +707,8 @@ class ReplayBuffer:
 
 
 class SAC(nn.Module):
-    """Soft actor-critic (Haarnoja et al., 2018). What is not theirs: n-step targets, an actor that
-    learns from the target critics, an average of the actor, the annealing, the mirror images."""
+    """Soft actor-critic (Haarnoja et al., 2018). Not theirs: n-step targets, an actor that learns
+    from the target critics and is averaged, annealing, mirror images, scales and LayerNorm."""
 
     def __init__(self, args, device):
         super().__init__()
@@ -847,8 +848,8 @@ def load_saved(path, keys):
 
 
 def save_checkpoint(run_dir, rb, parts, counters):
-    """Where all episodes end: nothing of the simulators needs saving; and each round has a seed of
-    its own: no state of a random generator does."""
+    """Between episodes, each round with a seed of its own, neither simulators nor generators have a
+    state to save. Keeps the last two."""
     rb.save(run_dir)
     if WORLD_SIZE > 1:
         dist.barrier()  # every rank has saved its episodes
@@ -890,7 +891,7 @@ def collect(envs, policy, seed):
 
 
 def random_torques(noise, obs):
-    """The policy of the first steps: tanh of slowly changing noise (N, 17), N(0, 1), that each call
+    """The policy of the first steps: tanh of slow noise (N, 17) of variance one, which each call
     moves on in place."""
     noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)
     return torch.tanh(noise).numpy()
@@ -973,7 +974,7 @@ def usable_cores():
 
 
 def parse_args(argv):
-    """The command line's flags over a preset's, or over those of the run to resume or evaluate."""
+    """Flags over a preset's, or those of the run to resume or evaluate; and the device to use."""
     word = argv[0] if argv else ""
     argv = argv[1:] if word in PRESETS else argv
     presets = f"A first word, {' or '.join(PRESETS)}, stands for other defaults."
@@ -991,7 +992,7 @@ def parse_args(argv):
             saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
-        # tyro would add a prompt to the saved ones: it is to replace them; another is another task
+        # tyro would append to the saved prompts, so blank them; a new prompt drops the saved task
         blank = replace(saved, prompt=(), baseline_prompt=(), task="")
         args = tyro.cli(Args, default=blank, args=argv)
         args.task = args.task or (saved.task if args.prompt in ((), saved.prompt) else "")
@@ -1100,7 +1101,7 @@ def stop_on_signals(stopping):
 def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
     sac, stopping = SAC(args, device), []  # from the same weights on every rank
-    clock = []  # five times: when a round began to collect, draw, score and learn, and its end
+    clock = []  # when a round began to collect, draw, score and learn, and its end
     go_back = f"--resume {run_dir} goes on from the checkpoint before"
 
     def play(policy, seed):
@@ -1127,7 +1128,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
     if args.evaluate:
         return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
-    episodes, on_disk = args.buffer_size // EPISODE_LENGTH, 2000  # the latter: epic_vlmrm.py --run
+    episodes, on_disk = args.buffer_size // EPISODE_LENGTH, 2000  # for epic_vlmrm.py --run
     try:
         rb = ReplayBuffer(episodes // WORLD_SIZE, device, on_disk // WORLD_SIZE)
     except RuntimeError as error:  # torch's, of the CPU or of a GPU
@@ -1189,9 +1190,8 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
 
     signals = stop_on_signals(stopping)
     while counters["global_step"] < total and not stop_now:
-        # collect, draw, score
-        # of everything random in a round: so a resumed run goes on bit for bit. 10^9 and more;
-        # evaluations have 1, 2 and 3 million
+        # collect, draw, score. A round has a seed of its own, so that a resumed run goes on bit
+        # for bit; evaluations have theirs from 1, 2 and 3 million
         round_seed = (args.seed + 1) * 10**9 + counters["global_step"] + RANK * robots
         torch.manual_seed(round_seed)
         policy = sac.actor.act
@@ -1205,7 +1205,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         clock.append(time.perf_counter())
         finite = all(weights.isfinite().all() for weights in sac.parameters())
         check(finite, f"a weight is not finite at step {global_step}; {go_back}")
-        # report and save
+        # report, before keep_best's evaluation resets the clock, and save
         log_round(rewards, in_goal, losses)
         due = global_step >= total or global_step % args.eval_frequency < round_steps
         pictures = keep_best() if due and losses and RANK == 0 else None  # the others wait below
