@@ -148,6 +148,7 @@ class Args:
     learning_rate: float = 6e-4  # of actor, critics and entropy coefficient; see anneal
     alpha: float = 0.1  # SAC's entropy coefficient at first; the paper's alpha is --clip-alpha
     target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the number of motors
+    noise_correlation: float = 0.8  # of a robot's exploration from step to step; 0: as in SAC
     # second half of the run: rates of actor and critics fall to a tenth, target entropy triples
     anneal: bool = True
     normalize: bool = True  # scales of observations and rewards; LayerNorm in the hidden layers
@@ -168,7 +169,7 @@ PRESETS = {
         **BIG_G, num_envs=32, reward_batch_size=800, total_timesteps=10_000_000,
         learning_starts=50_000, alpha=1.0, gradient_steps=100, buffer_size=1_000_000,
         batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000,
-        anneal=False, normalize=False, mirror=False,
+        noise_correlation=0.0, anneal=False, normalize=False, mirror=False,
     ),
 }  # fmt: skip
 # flags that --resume may change
@@ -634,21 +635,22 @@ class Actor(MLP):
     def __init__(self, normalize):
         super().__init__(1, 0, 2 * ACTION_DIM, normalize)
 
-    def get_action(self, obs):
-        """Sampled action (B, 17), its log-probability (B,), and the mean action (B, 17)."""
+    def get_action(self, obs, noise=None):
+        """Sampled action (B, 17), its log-probability (B,), and the mean action (B, 17). `noise`
+        (B, 17): in place of independent N(0, 1)."""
         mean, log_std = self(obs)[0].chunk(2, -1)
         log_std = 3.5 * torch.tanh(log_std) - 1.5  # in [-5, 2]
-        noise = torch.randn_like(mean)
+        noise = torch.randn_like(mean) if noise is None else noise
         x = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         log_prob -= 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2), but stable
         return torch.tanh(x), log_prob.sum(-1), torch.tanh(mean)
 
     @torch.inference_mode()
-    def act(self, obs, sample=True):
+    def act(self, obs, sample=True, noise=None):
         """Actions (N, 17) for observations (N, 255), both numpy: sampled, or the mean."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.weights.device)
-        action, _, mean = self.get_action(obs)
+        action, _, mean = self.get_action(obs, noise)
         return (action if sample else mean).cpu().numpy()
 
 
@@ -708,7 +710,8 @@ class ReplayBuffer:
 
 class SAC(nn.Module):
     """Soft actor-critic (Haarnoja et al., 2018). Not theirs: n-step targets, an actor that learns
-    from the target critics and is averaged, annealing, mirror images, scales and LayerNorm."""
+    from the target critics and is averaged, annealing, mirror images, scales and LayerNorm; and
+    the noise it explores with (`explore`)."""
 
     def __init__(self, args, device):
         super().__init__()
@@ -890,11 +893,20 @@ def collect(envs, policy, seed):
     return obs, actions, rewards, infos
 
 
+def slow_noise(noise, correlation):
+    """Noise (N, 17), N(0, 1), that changes slowly: each call moves it on by a step, in place."""
+    return noise.mul_(correlation).add_(torch.randn_like(noise), alpha=(1 - correlation**2) ** 0.5)
+
+
 def random_torques(noise, obs):
-    """The policy of the first steps: tanh of slow noise (N, 17) of variance one, which each call
-    moves on in place."""
-    noise.mul_(0.9).add_(torch.randn_like(noise), alpha=(1 - 0.9**2) ** 0.5)
-    return torch.tanh(noise).numpy()
+    """The policy of the first steps."""
+    return torch.tanh(slow_noise(noise, 0.9)).cpu().numpy()
+
+
+def explore(actor, noise, correlation, obs):
+    """The policy in training: the actor's, but with slow noise. That of single steps, 15 ms each,
+    is lost in the robot's inertia (Eberhard et al., 2023: "Pink noise is all you need")."""
+    return actor.act(obs, noise=slow_noise(noise, correlation))
 
 
 def success_rate(in_goal):
@@ -1011,13 +1023,14 @@ def parse_args(argv):
         changed = ", ".join(key for key in changed if key not in MAY_CHANGE)
         check(not changed, f"--resume goes on with the run's own flags; changed: {changed}")
         check(args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
-    may_be_zero = "seed", "image_size", "learning_starts", "clip_alpha"
+    may_be_zero = "seed", "image_size", "learning_starts", "clip_alpha", "noise_correlation"
     lowest = dict.fromkeys(may_be_zero, 0) | {"target_entropy": -1e12}
     for key, value in asdict(args).items():
         if type(value) in (int, float):
             ok = lowest.get(key, 1e-12) <= value < math.inf
             check(ok, f"--{key.replace('_', '-')} {value} is too low, or not finite")
     check(args.clip_alpha <= 1, "--clip-alpha must be between 0 and 1")
+    check(args.noise_correlation <= 1, "--noise-correlation must be between 0 and 1")
     check(args.gamma < 1 and args.tau <= 1, "--gamma must be below 1, --tau at most 1")
     check(args.n_step <= EPISODE_LENGTH, f"--n-step: an episode has {EPISODE_LENGTH} steps")
     room = max(args.batch_size, args.num_envs * EPISODE_LENGTH)
@@ -1194,9 +1207,10 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         # for bit; evaluations have theirs from 1, 2 and 3 million
         round_seed = (args.seed + 1) * 10**9 + counters["global_step"] + RANK * robots
         torch.manual_seed(round_seed)
-        policy = sac.actor.act
+        noise = torch.randn(robots, ACTION_DIM, device=device)
+        policy = functools.partial(explore, sac.actor, noise, args.noise_correlation)
         if counters["global_step"] < args.learning_starts:
-            policy = functools.partial(random_torques, torch.randn(robots, ACTION_DIM))
+            policy = functools.partial(random_torques, noise)
         obs, actions, rewards, in_goal = play(policy, round_seed)
         # learn
         rb.add(obs=obs, actions=actions, rewards=rewards)

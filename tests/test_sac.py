@@ -9,7 +9,8 @@ import torch.nn as nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from sac_vlmrm import EPISODE_LENGTH, SAC, Actor, Args, ReplayBuffer, follow, mirror_image
+from sac_vlmrm import EPISODE_LENGTH, SAC, Actor, Args, ReplayBuffer
+from sac_vlmrm import explore, follow, mirror_image, slow_noise
 
 T = EPISODE_LENGTH
 
@@ -103,6 +104,26 @@ def test_sampled_actions_are_distributed_as_their_log_probability_says():
     assert deviation.abs().max() < 5 / 20000**0.5
     torch.testing.assert_close(x.std(0)[small].float(), std[0, small], rtol=0.05, atol=0)
     assert (actor.act(obs, sample=False) == mean.tanh().detach().numpy()).all()
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.8])
+def test_slow_noise_stays_normal_and_remembers_its_share(correlation):
+    torch.manual_seed(0)
+    noise = torch.randn(200, 1000)
+    for _ in range(20):
+        before = noise.clone()
+        slow_noise(noise, correlation)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert abs((before * noise).mean() - correlation) < 0.01
+
+
+def test_exploration_is_the_mean_plus_noise_in_units_of_the_actors_deviation():
+    torch.manual_seed(0)
+    actor, noise, obs = Actor(True), torch.randn(4, 17), torch.randn(4, 255)
+    action = torch.as_tensor(explore(actor, noise, 0.8, obs))
+    mean, log_std = actor(obs)[0].chunk(2, -1)
+    x = mean + (3.5 * torch.tanh(log_std) - 1.5).exp() * noise  # the noise that explore moved on
+    torch.testing.assert_close(action, torch.tanh(x).detach())
 
 
 def test_follow_is_an_exponential_average():
