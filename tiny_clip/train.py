@@ -539,7 +539,7 @@ def describe(poser, qpos):
         wide = wide and min(bend) > 70
         if tilt > upright + 12:
             posture = "sitting leaning back" if lean == "back" else "toppling"
-        elif wide and max(knees) < line(0.26, 0.03) and max(feet) < line(0.03, 0.008):
+        elif wide and max(knees) < line(0.26, 0.03) and max(feet) < line(0.02, 0.008):
             posture = "lotus"
         elif max(bend) < 40:
             posture = "half splits" if spread > 45 else "sitting"
