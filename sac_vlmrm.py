@@ -136,7 +136,7 @@ class Args:
     eval_frequency: int = 10_000  # steps between checkpoints; once it learns, with an evaluation
     select_episodes: int = 8  # of these evaluations; twice as many more confirm a new best policy
     # SAC
-    total_timesteps: int = 30_000  # of all robots; enough to kneel, most need 40,000 to 50,000
+    total_timesteps: int = 40_000  # of all robots; some poses need 50,000
     num_envs: int = 8  # robots
     learning_starts: int = 5000  # steps of random torques before the first update
     gradient_steps: int = 400  # updates per round (one episode of every robot)
