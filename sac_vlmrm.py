@@ -270,7 +270,7 @@ def mirror_image(device):
     """Functions of observations (..., 255) and of actions (..., 17) to the mirrored robot's.
 
     The robot is symmetric but for a knee's spring and a hip's armature; its picture from the front
-    but for sun and floor; from the side only its outline is.
+    but for sun and floor; from the side no more than its outline.
     """
     joints = [HUMANOID.joint(i).name for i in range(1, HUMANOID.njnt)]  # after the free one
     motors = [HUMANOID.actuator(i).name for i in range(HUMANOID.nu)]  # named like their joints
@@ -648,7 +648,8 @@ class Actor(MLP):
 
     @torch.inference_mode()
     def act(self, obs, sample=True, noise=None):
-        """Actions (N, 17) for observations (N, 255), both numpy: sampled, or the mean."""
+        """Actions (N, 17) for observations (N, 255), both numpy: sampled, or the mean. `noise`: as
+        in get_action."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.weights.device)
         action, _, mean = self.get_action(obs, noise)
         return (action if sample else mean).cpu().numpy()

@@ -340,7 +340,7 @@ def test_a_preset_is_other_defaults_that_flags_override():
     flags = ["paper", *STANDING, "--clip-precision", "fp32", "--num-envs", "4"]
     args, _ = sac_vlmrm.parse_args(flags)
     assert (args.num_envs, args.batch_size, args.n_step, args.gamma) == (4, 512, 1, 0.95)
-    assert not (args.anneal or args.normalize or args.mirror)
+    assert not (args.anneal or args.normalize or args.mirror or args.noise_correlation)
     assert args.clip_model == "ViT-bigG-14/laion2b_s39b_b160k" and args.task == "standing"
     plain, _ = sac_vlmrm.parse_args(STANDING)
     what = {"prompt": plain.prompt, "baseline_prompt": plain.baseline_prompt, "task": plain.task}
@@ -583,6 +583,7 @@ BAD = [
     ([*KNEEL, "--tau", "2"], "--tau"),
     ([*KNEEL, "--n-step", "101"], "--n-step: an episode has 100 steps"),
     ([*KNEEL, "--n-step", "0"], "--n-step"),
+    ([*KNEEL, "--noise-correlation", "1.5"], "--noise-correlation must be between 0 and 1"),
     ([*KNEEL, "--learning-rate", "nan"], "--learning-rate"),
     ([*KNEEL, "--learning-rate", "0"], "--learning-rate"),
     ([*KNEEL, "--alpha", "inf"], "--alpha"),
