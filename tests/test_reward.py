@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sac_vlmrm import CLIPReward
+from sac_vlmrm import CLIPReward, fill_in, scored_steps
 
 GOAL, BASELINE = ("a humanoid robot kneeling",), ("a humanoid robot",)
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 48, 48, 3), dtype=np.uint8)
@@ -78,6 +78,17 @@ def test_several_prompts_are_averaged(clip_folder):
     _, texts = reference(clip_folder)
     torch.testing.assert_close(reward.goal, texts(prompts).mean(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(reward.baseline, texts(baselines).mean(0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 4, 7, 100])
+def test_between_scored_steps_rewards_lie_on_straight_lines(every):
+    scored = scored_steps(every)
+    assert scored[0] == 0 and scored[-1] == 99 and np.diff(scored).max() <= every
+    line, scores = np.linspace(-1, 1, 100), np.random.default_rng(0).normal(size=(2, 100))
+    np.testing.assert_allclose(fill_in(line[None, scored], scored)[0], line, atol=1e-12)
+    rewards = fill_in(scores[:, scored], scored)
+    np.testing.assert_array_equal(rewards[:, scored], scores[:, scored])
+    assert rewards.shape == (2, 100) and (every > 1) == (rewards != scores).any()
 
 
 def test_goal_equal_to_baseline_has_no_direction(clip_folder):

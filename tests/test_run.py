@@ -175,11 +175,11 @@ def test_rewards_land_at_the_right_transition(whole, clip_folder):
     obs, _, expected = buffer_of(whole[0])
     clip_reward = sac_vlmrm.CLIPReward(clip_folder, (STANDING[1],), ("a humanoid robot",))
     with closing(sac_vlmrm.Painter((48, 48), "modified", ("front",))) as painter:
-        frames = painter(obs[:, 1::7, :24])[:, :, 0]
+        frames = painter(obs[:, 1::4, :24])[:, :, 0]  # --score-every 4
     rewards = clip_reward(clip_reward.embed_images(frames.reshape(-1, 48, 48, 3)))
     # The buffer's states are rounded to float32: in some frames a pixel at an edge turns out one
     # shade off, worth up to 2.4e-5.
-    assert torch.allclose(rewards, expected[:, ::7].flatten(), atol=1e-4)
+    assert torch.allclose(rewards, expected[:, ::4].flatten(), atol=1e-4)
     assert rewards.std() > 50 * 1e-4
 
 
@@ -339,7 +339,7 @@ def test_resume_with_the_flags_of_the_start(flags):
 def test_a_preset_is_other_defaults_that_flags_override():
     flags = ["paper", *STANDING, "--clip-precision", "fp32", "--num-envs", "4"]
     args, _ = sac_vlmrm.parse_args(flags)
-    assert (args.num_envs, args.batch_size, args.n_step, args.gamma) == (4, 512, 1, 0.95)
+    assert (args.num_envs, args.batch_size, args.n_step, args.score_every) == (4, 512, 1, 1)
     assert not (args.anneal or args.normalize or args.mirror or args.noise_correlation)
     assert args.clip_model == "ViT-bigG-14/laion2b_s39b_b160k" and args.task == "standing"
     plain, _ = sac_vlmrm.parse_args(STANDING)
@@ -581,7 +581,8 @@ BAD = [
     ([*KNEEL, "--gamma", "1.5"], "--gamma"),
     ([*KNEEL, "--gamma", "1"], "--gamma"),
     ([*KNEEL, "--tau", "2"], "--tau"),
-    ([*KNEEL, "--n-step", "101"], "--n-step: an episode has 100 steps"),
+    ([*KNEEL, "--n-step", "101"], "--n-step, --score-every: 100 at most"),
+    ([*KNEEL, "--score-every", "101"], "--n-step, --score-every: 100 at most"),
     ([*KNEEL, "--n-step", "0"], "--n-step"),
     ([*KNEEL, "--noise-correlation", "1.5"], "--noise-correlation must be between 0 and 1"),
     ([*KNEEL, "--learning-rate", "nan"], "--learning-rate"),
@@ -589,7 +590,7 @@ BAD = [
     ([*KNEEL, "--alpha", "inf"], "--alpha"),
     ([*KNEEL, "--target-entropy", "nan"], "--target-entropy"),
     ([*KNEEL, "--batch-size", "300000"], "--buffer-size must be at least 300000"),
-    ([*KNEEL, "--buffer-size", "300"], "--buffer-size must be at least 800"),
+    ([*KNEEL, "--buffer-size", "300"], "--buffer-size must be at least 2400"),
     ([*KNEEL, "--buffer-size", "9000000000"], "memory"),
     ([*KNEEL, "--learning-starts", "100000"], "--learning-starts"),
     ([*KNEEL, "--image-size", "-1"], "--image-size"),
