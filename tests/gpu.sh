@@ -27,14 +27,14 @@ for n in (1, 1, 2, 4, 8):
     start = time.time()
     list(ThreadPoolExecutor(n).map(lambda painter: painter(qpos), painters[:n]))
     print(n, \"threads\", round(n * len(qpos) / (time.time() - start)), painters[0].name)"'
-step "the default command, cut to 20,000 steps" 160 \
+step "the default command, cut to 48,000 steps" 160 \
     'time python sac_vlmrm.py --prompt "a humanoid robot kneeling" --device cuda \
-        --total-timesteps 20000 --run-name gpu --eval-episodes 40'
-step "resumed up to 24,000" 60 \
-    'time python sac_vlmrm.py --resume runs/gpu --total-timesteps 24000 --eval-episodes 8'
+        --total-timesteps 48000 --run-name gpu --eval-episodes 40'
+step "resumed up to 57,600" 60 \
+    'time python sac_vlmrm.py --resume runs/gpu --total-timesteps 57600 --eval-episodes 8'
 step "the benchmark, as far as it comes (needs stable-baselines3)" 300 'time python tests/benchmark.py'
 step "three rounds of one-gpu with random weights of ViT-bigG-14" 150 '
     (cd tests && python -c "import models; models.hollow_weights(\"ViT-bigG-14\", \"/tmp/bigG.pt\")")
     time python sac_vlmrm.py one-gpu --clip-model ViT-bigG-14//tmp/bigG.pt --run-name bigG \
-        --prompt "a humanoid robot kneeling" --total-timesteps 4800 --learning-starts 1600 \
+        --prompt "a humanoid robot kneeling" --total-timesteps 14400 --learning-starts 4800 \
         --select-episodes 1 --eval-episodes 1'
