@@ -1179,6 +1179,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         dist.barrier()  # the folder is there
     if not args.resume:
         save_checkpoint(run_dir, rb, parts, counters)  # from now on the run can be resumed
+    signals = stop_on_signals(stopping)
     purge_step = counters["global_step"] + 1 if args.resume else None
     writer = SummaryWriter(run_dir, purge_step=purge_step) if RANK == 0 else None
     if writer and not args.resume:
@@ -1219,7 +1220,6 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         log({"eval/success_rate": success_rate(in_goal)} if args.task else {})
         return qpos[:2], in_goal[:2]
 
-    signals = stop_on_signals(stopping)
     while counters["global_step"] < total and not stop_now:
         # collect, draw, score. A round has a seed of its own, so that a resumed run goes on bit
         # for bit; evaluations have theirs from 1, 2 and 3 million
