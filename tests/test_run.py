@@ -339,7 +339,8 @@ def test_resume_with_the_flags_of_the_start(flags):
 def test_a_preset_is_other_defaults_that_flags_override():
     flags = ["paper", *STANDING, "--clip-precision", "fp32", "--num-envs", "4"]
     args, _ = sac_vlmrm.parse_args(flags)
-    assert (args.num_envs, args.batch_size, args.n_step, args.score_every) == (4, 512, 1, 1)
+    assert (args.num_envs, args.batch_size, args.n_step, args.gamma) == (4, 512, 1, 0.95)
+    assert args.score_every == 1  # the paper scores every state
     assert not (args.anneal or args.normalize or args.mirror or args.noise_correlation)
     assert args.clip_model == "ViT-bigG-14/laion2b_s39b_b160k" and args.task == "standing"
     plain, _ = sac_vlmrm.parse_args(STANDING)
