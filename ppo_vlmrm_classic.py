@@ -807,6 +807,16 @@ def main(argv=None):
     if not args.resume:
         (run_dir / "epic.json").write_text(json.dumps(epic, indent=2) + "\n")
         save()  # from now on the run can be resumed
+
+    def stop(signum, _):
+        stopping.append(signum)
+        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more: at once")
+        signal.signal(signum, signal.SIG_DFL)
+
+    signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
+    for signum in signals:
+        signal.signal(signum, stop)
     writer = SummaryWriter(run_dir, purge_step=counters["global_step"] + 1 if args.resume else None)
     if not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
@@ -835,15 +845,6 @@ def main(argv=None):
         losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
         return losses | {"approx_kl": approx_kl, "clipfrac": clipfrac}
 
-    def stop(signum, _):
-        stopping.append(signum)
-        tqdm.write(f"{signal.Signals(signum).name}: stopping after this round; once more: at once")
-        signal.signal(signum, signal.SIG_DFL)
-
-    signals = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]  # ignored: by nohup
-    for signum in signals:
-        signal.signal(signum, stop)
     total, done = args.total_timesteps, counters["global_step"]
     progress_bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
     while (global_step := counters["global_step"]) < total and not stopping:

@@ -60,7 +60,7 @@ if LOCAL_WORLD_SIZE > 1 and Path(f"/dev/nvidia{LOCAL_RANK}").exists():
     os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(LOCAL_RANK))  # each draws on its own GPU
 # Settings that OpenGL reads when it is loaded; no window is opened.
 os.environ.pop("PYOPENGL_PLATFORM", None)  # MUJOCO_GL decides
-os.environ.setdefault("LP_NUM_THREADS", "0")  # none inside llvmpipe: Painter has its own
+os.environ.setdefault("LP_NUM_THREADS", "0")  # none of llvmpipe's own: Painter has some
 if sys.platform == "linux":
     os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL", "egl").lower()
     if os.environ["MUJOCO_GL"] not in ("egl", "osmesa", "glfw"):
@@ -89,11 +89,8 @@ HUMANOID = mujoco.MjModel.from_xml_path(HUMANOID_XML)
 OBS_DIM = HUMANOID.nq + HUMANOID.nv + 16 * (HUMANOID.nbody - 1)  # 255, see VLMHumanoid
 ACTION_DIM = HUMANOID.nu  # 17
 FRAME_SKIP = 5  # of MuJoCo's steps of 3 ms in one of ours
-ABSURD = [
-    mujoco.mjtWarning.mjWARN_BADQPOS.value,
-    mujoco.mjtWarning.mjWARN_BADQVEL.value,
-    mujoco.mjtWarning.mjWARN_BADQACC.value,
-]  # warnings of a state that can't be
+# MuJoCo's warnings of a state that can't be
+ABSURD = [getattr(mujoco.mjtWarning, f"mjWARN_BADQ{x}").value for x in ("POS", "VEL", "ACC")]
 EPISODE_LENGTH = 100  # steps of 15 ms; every episode runs to its end (paper, section 4.3)
 # azimuth, in degrees, of cameras that stand still ("front" is the paper's); None: Gymnasium's,
 # which moves with the robot
@@ -119,11 +116,11 @@ class Args:
     clip_alpha: float = 0.0  # goal-baseline regularisation, from 0 (no baseline) to 1
     # the VLM: local-dir:FOLDER, NAME/TAG, NAME/FILE or hf-hub:ORG/REPO, as open_clip knows them
     clip_model: str = "local-dir:tiny_clip"
-    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     score_every: int = 4  # steps from one scored frame to the next; 1: all, as in the paper
     reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: Gymnasium's, for walking
-    task: Literal["", *TASKS] = ""  # whose success to report; by default the prompt's, if it is one
+    task: Literal["", *TASKS] = ""  # to report success at; by default that of the prompt, if any
     # the picture
     textures: Literal["modified", "original"] = "modified"  # modified: realistic (paper, Fig. 3)
     # one view or several, e.g. front side: then the reward is their mean
@@ -137,7 +134,7 @@ class Args:
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # of the final evaluation
     eval_frequency: int = 24_000  # steps between checkpoints; once it learns, with an evaluation
-    select_episodes: int = 24  # of these evaluations; twice as many more confirm a new best policy
+    select_episodes: int = 24  # of such an evaluation; twice as many more confirm a new best policy
     # SAC
     total_timesteps: int = 96_000  # of all robots
     num_envs: int = 24  # robots
@@ -159,9 +156,9 @@ class Args:
 
 
 # A word before the flags stands for other defaults. `paper`: the numbers of its appendix C, which
-# ran on four GPUs; the observation, the bootstrap at the time limit, the average actor and an actor
-# that learns from the target critics are this file's. `one-gpu`: the paper's VLM, twice the
-# default's robots and updates.
+# ran on four GPUs; the observation, slow random torques, the bootstrap at the time limit, the
+# average actor and an actor that learns from the target critics are this file's. `one-gpu`: the
+# paper's VLM, twice the default's robots and updates.
 BIG_G = {"clip_model": "ViT-bigG-14/laion2b_s39b_b160k", "clip_precision": "bf16"}
 PRESETS = {
     "one-gpu": Args(
@@ -215,8 +212,8 @@ class VLMHumanoid(gym.vector.VectorEnv):
 
     Observations (N, 255): qpos (24) and qvel (23), with x and y because the camera stands still;
     then inertia (10) and velocity (6) of each of 13 bodies, without which balance is slow to learn.
-    Actions (N, 17): torques, divided by each motor's gear. infos["unstable"] (N,): MuJoCo found a
-    state absurd and reset it.
+    Actions (N, 17), in [-0.4, 0.4]: torques, divided by each motor's gear. infos["unstable"] (N,):
+    MuJoCo found a state absurd and reset it.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}  # all episodes end together
@@ -272,8 +269,8 @@ class VLMHumanoid(gym.vector.VectorEnv):
 def mirror_image(device):
     """Functions of observations (..., 255) and of actions (..., 17) to the mirrored robot's.
 
-    The robot is symmetric but for a knee's spring and a hip's armature; its picture from the front
-    but for sun and floor; from the side no more than its outline.
+    The robot is symmetric but for a knee's spring and a hip's armature. So is its picture from the
+    front, but for sun and floor; of that from the side, only the outline.
     """
     joints = [HUMANOID.joint(i).name for i in range(1, HUMANOID.njnt)]  # after the free one
     motors = [HUMANOID.actuator(i).name for i in range(HUMANOID.nu)]  # named like their joints
@@ -289,7 +286,7 @@ def mirror_image(device):
 
     def reflection(*blocks):
         """Blocks of a vector, e.g. (joints, turn): a number per joint, whose sign turn(joint) says.
-        Each number gets a label, like "1 left_knee 0"; it goes to that with left and right swapped.
+        Labels such as "1 left_knee 0" pair each number with the one that takes its place.
         """
         names, signs = [], []
         for block, (owners, signs_of) in enumerate(blocks):
@@ -685,7 +682,7 @@ class ReplayBuffer:
         self.total, self.newest = self.total + len(rows), rows
 
     def save(self, folder):
-        """Write a new chunk; delete those over `on_disk` episodes older than the one before."""
+        """Write what is new; delete chunks that end `on_disk` episodes before the last save."""
         previous, self.saved = self.saved, self.total
         rows = torch.arange(max(previous, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
@@ -723,8 +720,8 @@ class SAC(nn.Module):
         self.actor, self.critics = Actor(args.normalize), MLP(2, ACTION_DIM, 1, args.normalize)
         self.scale_reward = nn.BatchNorm1d(1, eps=1e-6, momentum=None, affine=False).eval()
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
-        # the target critics follow the critics slowly, the average actor the actor; it is what is
-        # evaluated and kept. All networks share one scale
+        # the target critics follow the critics slowly, the average actor, which is
+        # evaluated and kept, the actor. All networks share one scale
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.average_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for net in (self.critics, self.target_critics, self.average_actor):
@@ -737,7 +734,7 @@ class SAC(nn.Module):
     def fit(self, rb):
         """The scale of rewards is set once, by the random steps. That of observations follows the
         policy, as the mean over the random steps and every round since: a robot that keeps its
-        balance moves by a fraction of what one does that falls."""
+        balance moves far less than one that falls."""
         first = self.scale_reward.num_batches_tracked == 0
         rows = torch.arange(len(rb)) if first else rb.newest
         obs, _, rewards = (ring[rows].flatten(0, 1) for ring in rb.data.values())
@@ -763,12 +760,12 @@ class SAC(nn.Module):
         (qf1_loss + qf2_loss).backward()
         average(self.critics.weights.grad)
         self.q_optimizer.step()
-        follow(self.target_critics, self.critics, self.args.tau)
+        self.target_critics.weights.lerp_(self.critics.weights.detach(), self.args.tau)
         return {"qf1_values": q_values[0], "qf1_loss": qf1_loss, "qf2_loss": qf2_loss}
 
     def update_actor(self, obs, target_entropy):
         pi, log_prob, _ = self.actor.get_action(obs)
-        # the target critics, an average of some 200 updates: their slope is less noisy
+        # the target critics, an average of some 1 / tau updates: their slope is less noisy
         alpha, qf_pi = self.log_alpha.exp(), self.target_critics(obs, pi).amin(0)[:, 0]
         actor_loss = (alpha.detach() * log_prob - qf_pi).mean()
         alpha_loss = -(alpha * (log_prob.detach() + target_entropy)).mean()
@@ -776,7 +773,7 @@ class SAC(nn.Module):
         (actor_loss + alpha_loss).backward()
         average(self.actor.weights.grad, self.log_alpha.grad)
         self.actor_optimizer.step()
-        follow(self.average_actor, self.actor, 0.001)  # the average of some 1000 updates
+        self.average_actor.weights.lerp_(self.actor.weights.detach(), 0.001)  # of some 1000 updates
         return {"actor_loss": actor_loss, "alpha": alpha, "entropy": -log_prob}
 
     def batches(self, rb):
@@ -801,9 +798,9 @@ class SAC(nn.Module):
 
     def learn(self, rb, progress):
         """A round's updates, after a share `progress` of the run. Returns the last one's losses."""
-        args, late = self.args, max(0.0, 2 * min(progress, 1.0) - 1)  # 0 until half time, then to 1
-        late *= args.anneal
-        # not that of group 1, the entropy coefficient, which has to follow the falling target
+        args = self.args
+        late = args.anneal * max(0.0, 2 * min(progress, 1.0) - 1)  # 0 until half time, then to 1
+        # group 1, the entropy coefficient, keeps its rate: it has to follow the falling target
         for optimizer in (self.q_optimizer, self.actor_optimizer):
             optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.learning_rate
         if args.normalize:
@@ -812,11 +809,6 @@ class SAC(nn.Module):
             losses = self.update_critics(*batch)
             losses |= self.update_actor(batch[0], (1 + 2 * late) * args.target_entropy)
         return {key: value.mean().item() for key, value in losses.items()}
-
-
-@torch.no_grad()
-def follow(slow, fast, share):
-    slow.weights.lerp_(fast.weights, share)
 
 
 def average(*tensors):
@@ -855,8 +847,8 @@ def load_saved(path, keys):
 
 
 def save_checkpoint(run_dir, rb, parts, counters):
-    """Between episodes, each round with a seed of its own, neither simulators nor generators have a
-    state to save. Keeps the last two."""
+    """Simulators and generators have nothing to save: each round has its own seed. Keeps the last
+    two."""
     rb.save(run_dir)
     if WORLD_SIZE > 1:
         dist.barrier()  # every rank has saved its episodes
@@ -908,8 +900,8 @@ def random_torques(noise, obs):
 
 
 def explore(actor, noise, correlation, obs):
-    """The policy in training: the actor's, but with slow noise. That of single steps, 15 ms each,
-    is lost in the robot's inertia (Eberhard et al., 2023: "Pink noise is all you need")."""
+    """The policy in training: the actor's, but with slow noise. Noise drawn anew every 15 ms is
+    lost in the robot's inertia (Eberhard et al., 2023: "Pink noise is all you need")."""
     return actor.act(obs, noise=slow_noise(noise, correlation))
 
 
@@ -920,7 +912,7 @@ def scored_steps(every):
 
 def fill_in(scores, scored):
     """Rewards (N, T) of all states, on straight lines between the scores (N, T') of those of
-    scored_steps: in 60 ms a robot moves little."""
+    scored_steps: in so short a time a robot moves little."""
     steps = np.arange(EPISODE_LENGTH)
     return np.stack([np.interp(steps, scored, score) for score in scores])
 
@@ -1016,7 +1008,7 @@ def parse_args(argv):
             saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
             kinds, now = ([(k, type(v)) for k, v in x.items()] for x in (saved, asdict(args)))
             if kinds != now:
-                raise ValueError("flags of another version")
+                raise ValueError
             saved = Args(**saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             check(False, f"{run_dir} is not a run folder of this version: no args.json that fits")
@@ -1035,8 +1027,8 @@ def parse_args(argv):
             warn("the learner exchanges left and right; --no-mirror if the prompt tells them apart")
     args.task = args.task or next((task for task in TASKS if TASKS[task] in args.prompt), "")
     if args.resume:
-        changed = [key for key, value in asdict(args).items() if value != getattr(saved, key)]
-        changed = ", ".join(key for key in changed if key not in MAY_CHANGE)
+        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and v != vars(saved)[k]]
+        changed = ", ".join(changed)
         check(not changed, f"--resume goes on with the run's own flags; changed: {changed}")
         check(args.total_timesteps >= saved.total_timesteps, "--total-timesteps can only be raised")
     may_be_zero = "seed", "image_size", "learning_starts", "clip_alpha", "noise_correlation"
@@ -1100,15 +1092,13 @@ def main(argv=None):
         clip_reward = CLIPReward(args.clip_model, *prompts, *options)
         size = (args.image_size,) * 2 if args.image_size else clip_reward.image_size
     envs = VLMHumanoid(args.num_envs // WORLD_SIZE, threads)
-    paint = functools.partial(
-        Painter, textures=args.textures, cameras=args.camera, num_threads=threads
-    )
-    with closing(paint(size)) as painter, closing(paint((240, 240))) as film_painter:
+    look = args.textures, args.camera, threads
+    with closing(Painter(size, *look)) as painter, closing(Painter((240, 240), *look)) as filmer:
         print(f"renderer: {painter.name}; task: {args.task or 'not in TASKS, so no success rate'}")
         if "llvmpipe" in painter.name and Path("/dev/nvidiactl").exists():
             warn("the NVIDIA GPU does not draw: in a container, NVIDIA_DRIVER_CAPABILITIES=all is "
                  "missing, elsewhere its EGL vendor file (glvnd/egl_vendor.d)")  # fmt: skip
-        return train(args, device, run_dir, envs, painter, film_painter, clip_reward)
+        return train(args, device, run_dir, envs, painter, filmer, clip_reward)
 
 
 def stop_on_signals(stopping):
@@ -1128,9 +1118,9 @@ def stop_on_signals(stopping):
     return signals
 
 
-def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
+def train(args, device, run_dir, envs, painter, filmer, clip_reward):
     """Train, or with --evaluate only evaluate; returns the summary of the final evaluation."""
-    sac, stopping = SAC(args, device), []  # from the same weights on every rank
+    sac, stopping = SAC(args, device), []  # main's seed: the same weights on every rank
     clock = []  # when a round began to collect, draw, score and learn, and its end
     scored = scored_steps(args.score_every)
     go_back = f"--resume {run_dir} goes on from the checkpoint before"
@@ -1138,7 +1128,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
     def play(policy, seed):
         """The stages before learning: obs, actions, rewards (N, T), in_goal (N, T) bool."""
         clock[:] = [time.perf_counter()]
-        obs, actions, rewards, infos = collect(envs, policy, seed)
+        obs, actions, rewards, infos = collect(envs, policy, seed)  # Gymnasium's rewards
         clock.append(time.perf_counter())
         qpos = obs[:, 1:, : HUMANOID.nq]  # reward t is that of the state after action t
         frames = painter(qpos[:, scored]) if clip_reward else None  # (N, T', V, H, W, 3)
@@ -1148,7 +1138,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         if clip_reward:
             embeddings = clip_reward.embed_images(frames.reshape(-1, *frames.shape[3:]))
             scores = clip_reward(embeddings).cpu().numpy().reshape(frames.shape[:3])
-            rewards = fill_in(scores.mean(-1), scored)  # in place of Gymnasium's
+            rewards = fill_in(scores.mean(-1), scored)  # replace Gymnasium's
         clock.append(time.perf_counter())
         if infos["unstable"].any():
             warn("MuJoCo reset a simulation that blew up; its episode counts as no success, its "
@@ -1158,7 +1148,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         return obs, actions, rewards, in_goal
 
     if args.evaluate:
-        return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
+        return final_evaluation(args, run_dir, play, sac.average_actor, filmer)
     episodes, on_disk = args.buffer_size // EPISODE_LENGTH, 2000  # for epic_vlmrm.py --run
     try:
         rb = ReplayBuffer(episodes // WORLD_SIZE, device, on_disk // WORLD_SIZE)
@@ -1249,7 +1239,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
                 writer.flush()
             save_checkpoint(run_dir, rb, parts, counters)
         if pictures:
-            film(film_painter, *pictures, run_dir / f"video_{global_step:09d}")
+            film(filmer, *pictures, run_dir / f"video_{global_step:09d}")
     progress_bar.close()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1261,7 +1251,7 @@ def train(args, device, run_dir, envs, painter, film_painter, clip_reward):
         return None
     for signum in signals:  # end at once: all is saved, --evaluate can do the rest
         signal.signal(signum, lambda *_: sys.exit(0))
-    return final_evaluation(args, run_dir, play, sac.average_actor, film_painter)
+    return final_evaluation(args, run_dir, play, sac.average_actor, filmer)
 
 
 if __name__ == "__main__":

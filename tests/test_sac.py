@@ -10,7 +10,7 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from sac_vlmrm import EPISODE_LENGTH, SAC, Actor, Args, ReplayBuffer
-from sac_vlmrm import explore, follow, mirror_image, slow_noise
+from sac_vlmrm import explore, mirror_image, slow_noise
 
 T = EPISODE_LENGTH
 
@@ -126,11 +126,17 @@ def test_exploration_is_the_mean_plus_noise_in_units_of_the_actors_deviation():
     torch.testing.assert_close(action, torch.tanh(x).detach())
 
 
-def test_follow_is_an_exponential_average():
-    slow, fast = Actor(True), Actor(True)
-    expected = 0.9 * slow.weights + 0.1 * fast.weights
-    follow(slow, fast, 0.1)
-    torch.testing.assert_close(slow.weights, expected)
+def test_target_critics_and_average_actor_are_exponential_averages():
+    sac, obs, actions = SAC(Args(tau=0.1), "cpu"), torch.randn(8, 255), torch.rand(8, 17)
+    targets = sac.target_critics.weights.clone(), sac.average_actor.weights.clone()
+    sac.update_critics(obs, actions, torch.rand(8), obs, torch.full((8,), 0.9))
+    sac.update_actor(obs, -17.0)
+    for slow, before, fast, share in (
+        (sac.target_critics, targets[0], sac.critics, 0.1),
+        (sac.average_actor, targets[1], sac.actor, 0.001),
+    ):
+        assert (fast.weights != before).any()
+        torch.testing.assert_close(slow.weights, before.lerp(fast.weights.detach(), share))
 
 
 # replay buffer
