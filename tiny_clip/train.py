@@ -407,6 +407,7 @@ CONCEPTS = {
         "{s} meditating in lotus pose",
     ],
     "half lotus": ["{s} sitting with knees half apart", "{s} seated with loosely folded legs"],
+    "sitting feet out": ["{s} sitting, feet out to the sides", "{s} seated, feet wider than knees"],
     "splits": [
         "{s} practicing gymnastics, doing the side splits",
         "{s} doing the splits",
@@ -509,7 +510,7 @@ def describe(poser, qpos):
     # in degrees the torso, the knees, between the thighs; in metres the torso, the seat, a foot
     upright, straight, apart = line(18, 4.5), line(25, 5), line(92, 5)
     tall, low, lifted = line(1.22, 0.02), line(0.06, 0.015), line(0.12, 0.015)
-    raised_above, near_hip = poser.rng.uniform(0.15, 0.4), poser.rng.uniform(0.09, 0.18)
+    raised_above, near_hip = poser.rng.uniform(0.15, 0.4), poser.rng.uniform(0.06, 0.15)
     past_middle, at_chest = line(0.07, 0.02), line(0.2, 0.03)
     split = spread > apart and max(bend) < straight and max(feet) < line(0.03, 0.008)
     split = split and min(abs(k[1]) for k in knee_at) > line(0.25, 0.02)  # to the sides
@@ -535,8 +536,8 @@ def describe(poser, qpos):
             if lean == "back" and tilt > 38:
                 posture = "kneeling far back"
     elif seat < low and tilt < 75:
-        wide = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at)) > line(0.13, 0.05)
-        wide = wide and min(bend) > 70
+        feet_inside = min(abs(k[1]) - abs(f[1]) for k, f in zip(knee_at, foot_at))
+        wide = feet_inside > line(0.13, 0.05) and min(bend) > 70
         if tilt > upright + 12:
             posture = "sitting leaning back" if lean == "back" else "toppling"
         elif wide and max(knees) < line(0.26, 0.03) and max(feet) < line(0.02, 0.008):
@@ -545,7 +546,8 @@ def describe(poser, qpos):
             posture = "half splits" if spread > 45 else "sitting"
             posture = "splits" if split else posture
         else:
-            posture = "half lotus" if spread > 55 else "sitting knees up"
+            folded = "half lotus" if feet_inside > line(-0.03, 0.04) else "sitting feet out"
+            posture = folded if spread > 55 else "sitting knees up"
     elif min(knees) < 0.025 and tilt < 40 and height > 0.6:
         posture = "one knee" if max(knees) > 0.12 else "one knee lifted"
     elif np.mean(knees) < 0.16 and tilt < 45 and 0.6 < height < 1.05 and seat > 0.12:
