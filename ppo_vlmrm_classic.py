@@ -20,8 +20,8 @@ method at work on a laptop and is no zero-shot model. Any model that open_clip l
 place, e.g. --clip-model ViT-B-32/laion2b_s34b_b79k
 
 A round of the main loop (Algorithm 1 of the paper, PPO in place of SAC) handles whole episodes:
-    collect  one episode in each of N environments: obs, actions, states (T, N, ...)
-    draw     what the camera sees: frames (T N, H, W, 3)
+    collect  one episode in each of N environments: obs (T+1, N, O), actions (T, N), states
+    draw     what the camera sees after each action: frames (T N, H, W, 3)
     score    CLIP compares the frames with the sentence: rewards (T, N)
     learn    advantages and a few epochs of PPO on these episodes
 """
@@ -63,12 +63,10 @@ class Args:
     # what to learn
     env_id: Literal["CartPole-v1", "MountainCarContinuous-v0"] = "CartPole-v1"  # the scene
     prompt: Prompts = ()  # what the picture should show; the paper's if not given; may be repeated
-    baseline_prompt: Prompts = ()  # what it shows anyway; the paper's if not given
+    baseline_prompt: Prompts = ()  # what any frame shows; the paper's if not given
     clip_alpha: float = 0.0  # goal-baseline regularisation, from 0 (plain CLIP reward) to 1
-    clip_model: str = (
-        "local-dir:tiny_clip"  # local-dir:FOLDER, NAME/TAG, NAME/FILE, hf-hub:ORG/REPO
-    )
-    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the image tower
+    clip_model: str = "local-dir:tiny_clip"  # or NAME/TAG, NAME/FILE, hf-hub:ORG/REPO
+    clip_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     reward_batch_size: int = 50  # frames per forward pass of the image tower; more on a GPU
     reward: Literal["vlm", "ground-truth"] = "vlm"  # ground-truth: see true_reward of the scenes
 
@@ -85,7 +83,7 @@ class Args:
     evaluate: str = ""  # run folder whose best policy to evaluate
     eval_episodes: int = 100  # of the final evaluation
     eval_frequency: int = 8000  # steps between checkpoints, each with a short evaluation
-    select_episodes: int = 8  # of that; it decides which policy is kept as the best
+    select_episodes: int = 8  # of that short one, by which the best policy is chosen
 
     # PPO
     total_timesteps: int = 100_000  # of all environments together
@@ -224,13 +222,13 @@ def mountain_backdrop(size, textured):
         ground = blend(ground, snow, ((height - 0.8) / 0.05).clip(0, 1))
         pixels = np.where(depth > 0, ground, sky)
     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    width, height, length, brown, yellow = 0.006, 0.125, 0.05, (0, 0, 0), (204, 204, 0)
+    width, tall, length, pole, cloth = 0.006, 0.125, 0.05, (0, 0, 0), (204, 204, 0)
     if textured:
-        width, height, length, brown, yellow = 0.014, 0.235, 0.12, (70, 60, 54), (252, 214, 20)
+        width, tall, length, pole, cloth = 0.014, 0.235, 0.12, (70, 60, 54), (252, 214, 20)
     foot = on_track(MountainCar.GOAL)
-    flag = foot - [(0, height), (0, height - 0.77 * length), (-length, height - 0.385 * length)]
-    polygon(picture, foot + rectangle(-width / 2, -height, width / 2, 0), brown)
-    polygon(picture, flag, yellow)
+    flag = foot - [(0, tall), (0, tall - 0.77 * length), (-length, tall - 0.385 * length)]
+    polygon(picture, foot + rectangle(-width / 2, -tall, width / 2, 0), pole)
+    polygon(picture, flag, cloth)
     return picture
 
 
@@ -240,9 +238,11 @@ class CartPole:
     """State: x, velocity, angle (0 up, > 0 right), its velocity. Action 1 pushes right, 0 left."""
 
     PROMPT, BASELINE = "pole vertically upright on top of the cart", "pole and cart"
-    TRACK_END = 3.0  # metres; beyond the goal's 2.4, so that a cart that left it is seen to have
+    TRACK_END = 3.0  # metres; beyond the goal's 2.4, to show when the cart has left it
     OBS_SCALE = np.array([2.4, 2.0, 1.0, 1.0, 2.5])
-    HIGH = np.array([TRACK_END, 0, np.pi, 0])  # of the states in a landscape, along its AXIS
+    HIGH = np.array(
+        [TRACK_END, 0, np.pi, 0]
+    )  # bounds of a landscape's states; its line is along AXIS
     LOW, AXIS, AXIS_UNIT, AXIS_LABEL = -HIGH, 2, 180 / np.pi, "pole angle in degrees, 0 is up"
     num_actions = 2
 
@@ -279,7 +279,7 @@ class CartPole:
         return np.where(self.in_goal(state), 1.0, -1.0)
 
     def draw(self, state, size, textured=True):
-        """Frame (size, size, 3) uint8. Beside the long track, cart and pole are drawn larger."""
+        """Frame (size, size, 3) uint8. Cart and pole are larger than the track's scale."""
         picture, center, theta = cartpole_backdrop(size).copy(), 0.5 + 0.135 * state[0], state[2]
         for wheel in (center - 0.05, center + 0.05):
             disc(picture, (wheel, 0.52), 0.021, (44, 48, 56))
@@ -328,7 +328,7 @@ class MountainCar:
         return self.in_goal(state) - 0.1 * actions.clip(-1, 1) ** 2
 
     def draw(self, state, size, textured=True):
-        """Frame (size, size, 3) uint8. Gymnasium's car and flag are drawn larger than there."""
+        """Frame (size, size, 3) uint8. Car and flag are larger than Gymnasium's."""
         picture, x = mountain_backdrop(size, textured).copy(), state[0]
         tilt = np.arctan(slope(x))
         axes = [[np.cos(tilt), -np.sin(tilt)], [-np.sin(tilt), -np.cos(tilt)]]  # forward, up
@@ -408,8 +408,7 @@ class CLIPReward(nn.Module):
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
         P = alpha d d^T / |d|^2 + (1 - alpha) I
         R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0 and one prompt
-    P (s - g) is the paper's alpha proj_L(s) + (1 - alpha) s - g, since g is on the line L through b
-    and g.
+    P (s - g) is the paper's alpha proj_L(s) + (1 - alpha) s - g: the line L from b to g holds g.
 
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """
@@ -491,12 +490,12 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, num_actions, init_std):
         super().__init__()
-        self.critic = mlp(obs_dim, 1, 1.0).append(nn.Flatten(-2))
+        self.critic = mlp(obs_dim, 1, 1.0).append(nn.Flatten(-2))  # (..., 1) to (...)
         self.actor = mlp(obs_dim, num_actions or 1, 0.01)
         self.actor_logstd = None if num_actions else nn.Parameter(torch.tensor([init_std]).log())
 
     def distribution(self, obs):
-        """Of actions (B,) for observations (B, O)."""
+        """Of actions (...) for observations (..., O)."""
         if self.actor_logstd is None:
             return Categorical(logits=self.actor(obs), validate_args=False)
         return Normal(self.actor(obs).squeeze(-1), self.actor_logstd.exp(), validate_args=False)
@@ -548,24 +547,22 @@ def load_saved(path, keys):
 def rollout(scene, policy, seeds, action_repeat):
     """One episode per seed. `policy`: obs (N, O) tensor -> actions (N,) tensor.
 
-    Returns obs (T / repeat + 1, N, O), actions (T / repeat, N) and the states (T, N, S) after every
-    step.
+    Returns obs (A+1, N, O), actions (A, N) and states (T, N, S) after each step; A = T / repeat.
     """
     scene.reset(seeds)
     obs, actions, states = [scene.observe()], [], []
-    for t in range(EPISODE_LENGTH):
-        if t % action_repeat == 0:
-            actions.append(policy(torch.as_tensor(obs[-1])).cpu())
-        scene.step(actions[-1].numpy())
-        states.append(scene.state)
-        if (t + 1) % action_repeat == 0:
-            obs.append(scene.observe())
+    for _ in range(EPISODE_LENGTH // action_repeat):
+        actions.append(policy(torch.as_tensor(obs[-1])).cpu())
+        for _ in range(action_repeat):
+            scene.step(actions[-1].numpy())
+            states.append(scene.state)
+        obs.append(scene.observe())
     return torch.as_tensor(np.stack(obs)), torch.stack(actions), np.stack(states)
 
 
 def film(scene, states, in_goal, textured, path):
-    """A video of four episodes (E, T), a sheet with a row for each; edged in green in the goal
-    state. No picture may end a run."""
+    """Episodes (E, T), green-edged in the goal: a video of four, a sheet with a row for each. No
+    picture may end a run."""
     try:
         frames = [[scene.draw(state, 240, textured) for state in episode] for episode in states]
         frames = np.array(frames)  # (E, T, H, W, 3)
@@ -582,15 +579,14 @@ def film(scene, states, in_goal, textured, path):
 def final_evaluation(args, run_dir, scene, play, agent):
     """Success and return of the best policy, of doing nothing and of random actions."""
     check((run_dir / "best.pt").is_file(), f"{run_dir} has not reached its first evaluation")
-    best, n = load_saved(run_dir / "best.pt", ("agent", "global_step")), args.eval_episodes
+    best = load_saved(run_dir / "best.pt", ("agent", "global_step"))
+    n, k = args.eval_episodes, scene.num_actions
     agent.load_state_dict(best["agent"])
     policies = {
         "greedy action": functools.partial(agent.act, sample=False),
         "zero action": lambda obs: torch.zeros(n),  # CartPole can't do nothing: 0 pushes left
-        "random action": lambda obs: 2 * torch.rand(n) - 1,
+        "random action": lambda obs: torch.randint(k, (n,)) if k else 2 * torch.rand(n) - 1,
     }
-    if scene.num_actions:
-        policies["random action"] = lambda obs: torch.randint(scene.num_actions, (n,))
     summary = {"prompt": args.prompt, "env_id": args.env_id, "episodes": n}
     summary["step"] = best["global_step"]
     print(f"{n} episodes of the policy of step {best['global_step']}")
@@ -706,7 +702,7 @@ def parse_args(argv):
     enough = 2 * args.num_minibatches <= actions
     check(enough, f"--num-minibatches must leave 2 of a round's {actions} actions for each")
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    device = args.device  # --device cpu asks for no GPU at all
+    device = args.device
     if device == "auto":
         device = next((gpu for gpu in there if there[gpu]()), "cpu")
     check(device == "cpu" or there[device](), f"--device {device}: PyTorch sees no such GPU here")
@@ -737,12 +733,13 @@ def main(argv=None):
     parts = {"agent": agent, "optimizer": optimizer}
     counters = {"global_step": 0, "best_return": -math.inf, "reward_mean": 0.0, "reward_std": 1.0}
     batch_size = args.num_envs * EPISODE_LENGTH // args.action_repeat  # actions in a round
-    # clock: five times, when a round began to collect, draw, score and learn, and its end
+    # play restarts the clock; after a round: when collect, draw, score, learn began, and its end
     stopping, clock = [], []
-    before = f"--resume {run_dir} goes on from the checkpoint before"
+    go_back = f"--resume {run_dir} goes on from the checkpoint before"
 
     def embed(states):
-        """Embeddings (M, D) of states (M, S), a round's frames at a time: more may not fit."""
+        """Embeddings (M, D) of states (M, S), a round's frames (one mark of the clock) at a time,
+        since more may not fit."""
         embeddings = []
         for some in np.split(states, range(batch_size, len(states), batch_size)):
             frames = np.stack([scene.draw(state, size, textured) for state in some])
@@ -751,8 +748,8 @@ def main(argv=None):
         return torch.cat(embeddings)
 
     def play(policy, seeds):
-        """The stages before learning: as rollout, and rewards (T / repeat, N): an action's is that
-        of the last state while it was held."""
+        """The stages before learning: as rollout, and rewards (A, N), of the state that each action
+        ends in."""
         clock[:] = [time.perf_counter()]
         obs, actions, states = rollout(scene, policy, seeds, args.action_repeat)
         clock.append(time.perf_counter())
@@ -765,7 +762,7 @@ def main(argv=None):
             clock.append(clock[-1])  # nobody looks, so nothing is drawn
         clock.append(time.perf_counter())
         finite = np.isfinite(rewards).all()
-        check(finite, f"a reward is not finite after step {counters['global_step']}; {before}")
+        check(finite, f"a reward is not finite after step {counters['global_step']}; {go_back}")
         return obs, actions, rewards, states
 
     if args.evaluate:
@@ -776,7 +773,7 @@ def main(argv=None):
             writer.add_scalar(key, value, counters["global_step"])
 
     def save():
-        """A checkpoint where all episodes end: nothing of the environments needs saving."""
+        """Between rounds every episode is over: nothing of the environments needs saving."""
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
         checkpoint |= {"counters": counters, "rng": torch.get_rng_state()}
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state() if device == "cuda" else None
@@ -795,9 +792,9 @@ def main(argv=None):
         if device == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
     else:
-        line, rewards, epic = landscape(args, scene, clip_reward, embed)
+        line, curves, epic = landscape(args, scene, clip_reward, embed)
         if args.standardize and args.reward == "vlm":
-            of_states = rewards[f"alpha {args.clip_alpha:g}"][1]
+            of_states = curves[f"alpha {args.clip_alpha:g}"][1]
             counters["reward_mean"] = float(of_states.mean())
             counters["reward_std"] = max(float(of_states.std()), 1e-6)
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -821,7 +818,7 @@ def main(argv=None):
     if not args.resume:
         table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        plot_landscape(args, scene, line, rewards, epic, run_dir, writer)
+        plot_landscape(args, scene, line, curves, epic, run_dir, writer)
     if args.landscape_only:
         writer.close()
         return epic
@@ -845,8 +842,9 @@ def main(argv=None):
         losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
         return losses | {"approx_kl": approx_kl, "clipfrac": clipfrac}
 
-    total, done = args.total_timesteps, counters["global_step"]
-    progress_bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+    total, round_steps = args.total_timesteps, args.num_envs * EPISODE_LENGTH
+    bar = {"unit": "step", "dynamic_ncols": True}
+    progress_bar = tqdm(total=total, initial=counters["global_step"], **bar)
     while (global_step := counters["global_step"]) < total and not stopping:
         remaining = 1 - global_step / total if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = learning_rate = remaining * args.learning_rate
@@ -854,12 +852,12 @@ def main(argv=None):
         # collect, draw, score
         seeds = [args.seed * 10**9 + global_step + i for i in range(args.num_envs)]
         obs, actions, rewards, states = play(agent.act, seeds)
-        counters["global_step"] = global_step = global_step + args.num_envs * EPISODE_LENGTH
+        counters["global_step"] = global_step = global_step + round_steps
 
-        # learn. Times 1 - gamma, a return is an average of rewards: of order 1, whatever gamma is
+        # learn. The factor 1 - gamma makes returns averages of rewards: of order 1 for any gamma
         scaled = (rewards - counters["reward_mean"]) / counters["reward_std"] * (1 - args.gamma)
         scaled = torch.as_tensor(scaled, dtype=torch.float32, device=device)
-        obs, actions = obs.to(device), actions.to(device).float()
+        obs, actions = obs.to(device), actions.to(device)
         with torch.no_grad():
             values = agent.critic(obs)  # (T / repeat + 1, N)
             advantages = gae(scaled, values, args.gamma, args.gae_lambda)
@@ -867,10 +865,10 @@ def main(argv=None):
         returns = advantages + values[:-1]
         batch = [x.flatten(0, 1) for x in (obs[:-1], actions, log_prob, advantages, returns)]
         for _ in range(args.update_epochs):
-            for rows in torch.randperm(batch_size).chunk(args.num_minibatches):
+            for rows in torch.randperm(batch_size).tensor_split(args.num_minibatches):
                 losses = update(*(x[rows] for x in batch))
         finite = all(x.isfinite().all() for x in [*losses.values(), *agent.parameters()])
-        check(finite, f"a loss or a weight is not finite at step {global_step}; {before}")
+        check(finite, f"a loss or a weight is not finite at step {global_step}; {go_back}")
         clock.append(time.perf_counter())
 
         # log
@@ -880,13 +878,12 @@ def main(argv=None):
         log(dict(zip(("time/collect", "time/draw", "time/score", "time/learn"), seconds)))
         log({"charts/episodic_return": mean_return})
         log({"charts/success_rate": success, "charts/share_in_goal": in_goal.mean()})
-        log({"charts/SPS": in_goal.size / sum(seconds), "charts/learning_rate": learning_rate})
-        shown = {"reward": f"{rewards.mean():.3f}", "success": f"{success:.0%}"}
-        progress_bar.set_postfix(shown, refresh=False)
-        progress_bar.update(in_goal.size)
+        log({"charts/SPS": round_steps / sum(seconds), "charts/learning_rate": learning_rate})
+        progress_bar.set_postfix_str(f"reward {rewards.mean():.3f}, success {success:.0%}", False)
+        progress_bar.update(round_steps)
 
         # evaluate the greedy action, keep the best policy, save
-        due = global_step >= total or global_step % args.eval_frequency < in_goal.size
+        due = global_step >= total or global_step % args.eval_frequency < round_steps
         if due:
             policy = functools.partial(agent.act, sample=False)
             _, _, rewards, states = play(policy, range(2_000_000, 2_000_000 + args.select_episodes))

@@ -521,8 +521,7 @@ class CLIPReward(nn.Module):
     With the L2-normalised embeddings g of the goal, b of the baseline, s of the frame, d = g - b:
         P = alpha d d^T / |d|^2 + (1 - alpha) I
         R(s) = 1 - |P (s - g)|^2 / 2               = cos(g, s) for alpha = 0 and one prompt
-    P (s - g) is the paper's alpha proj_L(s) + (1 - alpha) s - g, since g is on the line L through b
-    and g.
+    P (s - g) is the paper's alpha proj_L(s) + (1 - alpha) s - g: the line L from b to g holds g.
 
     Several prompts are averaged after normalisation, the mean is not normalised again.
     """
