@@ -414,6 +414,12 @@ def test_weights_that_are_not_numbers_are_never_saved():
         assert all(weight.isfinite().all() for weight in agent.values())
 
 
+def test_minibatches_are_of_equal_size():
+    """Of 400 actions in 134 parts none is left over as one alone, which has no deviation."""
+    flags = "--num-envs 2 --num-minibatches 134 --total-timesteps 400 --run-name run"
+    assert ppo.main([*SMALL, *flags.split()])["step"] == 400
+
+
 # what may fail without ending a run
 def test_without_ffmpeg_there_is_a_warning_and_every_number():
     process = subprocess.run(
