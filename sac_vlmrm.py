@@ -142,6 +142,7 @@ class Args:
     gradient_steps: int = 400  # updates per round (one episode of every robot)
     buffer_size: int = 24_000  # steps: the last ten rounds, since in older ones robots fall sooner
     batch_size: int = 128  # transitions per update
+    hidden: int = 128  # units of each of the two hidden layers; 256 take twice the time
     gamma: float = 0.98  # discount per step: looks 50 steps ahead, the paper's 0.95 only 20
     n_step: int = 10  # rewards summed up before the critics' estimate takes over; 1: as in SAC
     tau: float = 0.005  # share by which the target critics follow at every update
@@ -168,7 +169,7 @@ PRESETS = {
     "paper": Args(
         **BIG_G, num_envs=32, reward_batch_size=800, score_every=1, total_timesteps=10_000_000,
         learning_starts=50_000, alpha=1.0, gradient_steps=100, buffer_size=1_000_000,
-        batch_size=512, gamma=0.95, n_step=1, eval_frequency=128_000,
+        batch_size=512, hidden=256, gamma=0.95, n_step=1, eval_frequency=128_000,
         noise_correlation=0.0, anneal=False, normalize=False, mirror=False,
     ),
 }  # fmt: skip
@@ -599,15 +600,15 @@ class MLP(nn.Module):
     gradient flows.
     """
 
-    def __init__(self, members, action_dim, n_out, normalize):
+    def __init__(self, members, action_dim, n_out, hidden, normalize):
         super().__init__()
         self.scale_obs = nn.BatchNorm1d(OBS_DIM, eps=1e-6, momentum=None, affine=False).eval()
         self.members, self.shapes, weights = members, [], []
-        for fan_in, fan_out in ((OBS_DIM + action_dim, 256), (256, 256), (256, n_out)):
+        for fan_in, fan_out in ((OBS_DIM + action_dim, hidden), (hidden, hidden), (hidden, n_out)):
             shapes = [(members, fan_in, fan_out), (members, 1, fan_out)]  # weight, bias
             weights += [torch.empty(s).uniform_(-(fan_in**-0.5), fan_in**-0.5) for s in shapes]
-            if normalize and fan_out == 256:  # gain and shift of the LayerNorm
-                shapes += [(members, 1, 256)] * 2
+            if normalize and len(self.shapes) < 2:  # gain and shift of a hidden layer's LayerNorm
+                shapes += [(members, 1, hidden)] * 2
                 weights += [torch.ones(shapes[2]), torch.zeros(shapes[3])]
             self.shapes.append(shapes)
         self.sizes = [weight.numel() for weight in weights]
@@ -623,7 +624,7 @@ class MLP(nn.Module):
         for i, (weight, bias, *norm) in enumerate(self.layers()):
             x = torch.baddbmm(bias, x, weight)  # (members, B, fan_out)
             if norm:
-                x = torch.addcmul(norm[1], F.layer_norm(x, (256,)), norm[0])
+                x = torch.addcmul(norm[1], F.layer_norm(x, x.shape[-1:]), norm[0])
             x = F.relu(x) if i < 2 else x
         return x
 
@@ -631,8 +632,8 @@ class MLP(nn.Module):
 class Actor(MLP):
     """Tanh-squashed Gaussian policy. Its actions, in [-1, 1], are shares of the largest torque."""
 
-    def __init__(self, normalize):
-        super().__init__(1, 0, 2 * ACTION_DIM, normalize)
+    def __init__(self, hidden, normalize):
+        super().__init__(1, 0, 2 * ACTION_DIM, hidden, normalize)
 
     def get_action(self, obs, noise=None):
         """Sampled action (B, 17), its log-probability (B,), and the mean action (B, 17). `noise`
@@ -716,7 +717,8 @@ class SAC(nn.Module):
     def __init__(self, args, device):
         super().__init__()
         self.args, self.mirror = args, mirror_image(device) if args.mirror else (None, None)
-        self.actor, self.critics = Actor(args.normalize), MLP(2, ACTION_DIM, 1, args.normalize)
+        size = args.hidden, args.normalize
+        self.actor, self.critics = Actor(*size), MLP(2, ACTION_DIM, 1, *size)
         self.scale_reward = nn.BatchNorm1d(1, eps=1e-6, momentum=None, affine=False).eval()
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
         # the target critics follow the critics slowly, the average actor, which is
@@ -1017,7 +1019,8 @@ def parse_args(argv):
         args.task = args.task or (saved.task if args.prompt in ((), saved.prompt) else "")
         args.prompt = args.prompt or saved.prompt
         args.baseline_prompt = args.baseline_prompt or saved.baseline_prompt
-        check(args.normalize == saved.normalize, "--normalize is part of the policy: no change")
+        same = (args.hidden, args.normalize) == (saved.hidden, saved.normalize)
+        check(same, "--hidden and --normalize are part of the policy: no change")
     if args.reward == "vlm":
         args.baseline_prompt = args.baseline_prompt or ("a humanoid robot",)
         check(args.prompt, 'tell the robot what to do, e.g. --prompt "a humanoid robot kneeling"')

@@ -24,8 +24,9 @@ columns = []
 with closing(sac_vlmrm.Painter((SIZE, SIZE), "modified", ("front",))) as painter:
     for task in sys.argv[1:]:
         run = ROOT / "examples" / task
-        [prompt] = json.loads((run / "args.json").read_text())["args"]["prompt"]
-        actor = sac_vlmrm.Actor(normalize=True)
+        args = json.loads((run / "args.json").read_text())["args"]
+        [prompt] = args["prompt"]
+        actor = sac_vlmrm.Actor(args["hidden"], args["normalize"])
         best = sac_vlmrm.load_saved(run / "best.pt", ("actor", "global_step"))
         actor.load_state_dict(best["actor"])
         torch.manual_seed(0)

@@ -148,7 +148,7 @@ assert not torch.equal(sac.critics.weights, sac.target_critics.weights), "nothin
 assert abs(sac.actor.scale_obs.running_mean.mean() - mean) < 1e-3
 # the average of the gradients of two halves of a batch is the gradient of the whole
 x, y = torch.randn(2, 64, 255, generator=torch.Generator().manual_seed(0))
-critics, half = s.MLP(2, 255, 1, True), slice(32 * s.RANK, 32 * s.RANK + 32)
+critics, half = s.MLP(2, 255, 1, 128, True), slice(32 * s.RANK, 32 * s.RANK + 32)
 dist.broadcast(critics.weights.data, 0)
 [whole] = torch.autograd.grad(critics(x, y).square().mean(), critics.weights)
 [mine] = torch.autograd.grad(critics(x[half], y[half]).square().mean(), critics.weights)

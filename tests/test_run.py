@@ -340,6 +340,7 @@ def test_a_preset_is_other_defaults_that_flags_override():
     flags = ["paper", *STANDING, "--clip-precision", "fp32", "--num-envs", "4"]
     args, _ = sac_vlmrm.parse_args(flags)
     assert (args.num_envs, args.batch_size, args.n_step, args.gamma) == (4, 512, 1, 0.95)
+    assert args.hidden == 256  # units of its networks' layers
     assert args.score_every == 1  # the paper scores every state
     assert not (args.anneal or args.normalize or args.mirror or args.noise_correlation)
     assert args.clip_model == "ViT-bigG-14/laion2b_s39b_b160k" and args.task == "standing"
@@ -500,7 +501,7 @@ def test_a_reader_that_goes_away_ends_nothing(small):
 
 
 def test_a_policy_is_evaluated_with_the_networks_it_has(copy):
-    with pytest.raises(SystemExit, match="--normalize is part of the policy"):
+    with pytest.raises(SystemExit, match="--normalize are part of the policy"):
         sac_vlmrm.main(["--evaluate", "runs/run", "--no-normalize"])
     saved = json.loads((copy / "args.json").read_text())
     del saved["args"]["mirror"]

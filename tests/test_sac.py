@@ -52,7 +52,7 @@ def test_two_critics_in_one_equal_two_of_pytorchs_layers(normalize):
             layers[-1].weight.data = weight[member].T
             layers[-1].bias.data = bias[member, 0]
             if normalize and i < 2:
-                layers.append(nn.LayerNorm(256))
+                layers.append(nn.LayerNorm(128))
                 layers[-1].weight.data = norm[0][member, 0]
                 layers[-1].bias.data = norm[1][member, 0]
             layers += [nn.ReLU()] * (i < 2)
@@ -65,7 +65,7 @@ def test_start_is_pytorchs_own():
     """Weights and biases are uniform in +-1/sqrt(fan-in), each critic has its own."""
     torch.manual_seed(0)
     layers = SAC(Args(), "cpu").critics.layers()
-    for (weight, bias, *_), fan_in in zip(layers, (272, 256, 256), strict=True):
+    for (weight, bias, *_), fan_in in zip(layers, (272, 128, 128), strict=True):
         reference = nn.Linear(fan_in, 4096)
         std = reference.weight.std().item()
         assert weight.std().item() == pytest.approx(std, rel=0.1)
@@ -75,7 +75,7 @@ def test_start_is_pytorchs_own():
 
 def test_log_probability_is_that_of_a_squashed_gaussian():
     torch.manual_seed(0)
-    actor = Actor(True).double()
+    actor = Actor(128, True).double()
     shake(actor, 0.03)
     obs = torch.randn(500, 255, dtype=torch.float64)
     action, log_prob, mean_action = actor.get_action(obs)
@@ -92,7 +92,7 @@ def test_log_probability_is_that_of_a_squashed_gaussian():
 
 def test_sampled_actions_are_distributed_as_their_log_probability_says():
     torch.manual_seed(0)
-    actor = Actor(True)
+    actor = Actor(128, True)
     shake(actor)
     obs = torch.randn(1, 255)
     mean, log_std = actor(obs)[0].chunk(2, -1)
@@ -119,7 +119,7 @@ def test_slow_noise_stays_normal_and_remembers_its_share(correlation):
 
 def test_exploration_is_the_mean_plus_noise_in_units_of_the_actors_deviation():
     torch.manual_seed(0)
-    actor, noise, obs = Actor(True), torch.randn(4, 17), torch.randn(4, 255)
+    actor, noise, obs = Actor(128, True), torch.randn(4, 17), torch.randn(4, 255)
     action = torch.as_tensor(explore(actor, noise, 0.8, obs))
     mean, log_std = actor(obs)[0].chunk(2, -1)
     x = mean + (3.5 * torch.tanh(log_std) - 1.5).exp() * noise  # the noise that explore moved on

@@ -107,14 +107,14 @@ GOALS = {
 
 def play(run, episodes=100):
     """qpos (E, T, 24) of a run's best policy, if MuJoCo reset an episode (E,), prompt and step."""
+    args = json.loads((run / "args.json").read_text())["args"]
     best = sac_vlmrm.load_saved(run / "best.pt", ("actor", "global_step"))
-    actor = sac_vlmrm.Actor(normalize=True)
+    actor = sac_vlmrm.Actor(args["hidden"], args["normalize"])
     actor.load_state_dict(best["actor"])
     envs = sac_vlmrm.VLMHumanoid(episodes, torch.get_num_threads())
     policy = functools.partial(actor.act, sample=False)
     obs, _, _, infos = sac_vlmrm.collect(envs, policy, 1_000_000)
-    prompts = json.loads((run / "args.json").read_text())["args"]["prompt"]
-    return obs[:, 1:, :24], infos["unstable"], " + ".join(prompts), best["global_step"]
+    return obs[:, 1:, :24], infos["unstable"], " + ".join(args["prompt"]), best["global_step"]
 
 
 def main():
