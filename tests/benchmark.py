@@ -271,7 +271,7 @@ def sb3_sac():
         batch_size=DEFAULT.batch_size,
         train_freq=updates.denominator,
         gradient_steps=updates.numerator,
-        policy_kwargs={"net_arch": [256, 256]},
+        policy_kwargs={"net_arch": [DEFAULT.hidden] * 2},
         learning_starts=0,
         buffer_size=30_000,
         device=DEVICE,
