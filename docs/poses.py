@@ -1,6 +1,6 @@
 """The moving picture of README: shipped policies side by side, the sentence of each below it.
 
-python docs/poses.py kneeling hands-on-hips one-leg splits     # writes docs/poses.webp
+python docs/poses.py kneeling hands-on-hips lotus splits     # writes docs/poses.webp
 """
 
 import json
