@@ -682,7 +682,7 @@ class ReplayBuffer:
         self.total, self.newest = self.total + len(rows), rows
 
     def save(self, folder):
-        """Write what is new; delete chunks that end `on_disk` episodes before the last save."""
+        """Write what is new; delete chunks that end `on_disk` episodes before the previous save."""
         previous, self.saved = self.saved, self.total
         rows = torch.arange(max(previous, self.total - self.size), self.total) % self.size
         chunk = {key: ring[rows].cpu() for key, ring in self.data.items()}
