@@ -240,9 +240,7 @@ class CartPole:
     PROMPT, BASELINE = "pole vertically upright on top of the cart", "pole and cart"
     TRACK_END = 3.0  # metres; beyond the goal's 2.4, to show when the cart has left it
     OBS_SCALE = np.array([2.4, 2.0, 1.0, 1.0, 2.5])
-    HIGH = np.array(
-        [TRACK_END, 0, np.pi, 0]
-    )  # bounds of a landscape's states; its line is along AXIS
+    HIGH = np.array([TRACK_END, 0, np.pi, 0])  # bounds of a landscape, whose line is along AXIS
     LOW, AXIS, AXIS_UNIT, AXIS_LABEL = -HIGH, 2, 180 / np.pi, "pole angle in degrees, 0 is up"
     num_actions = 2
 
