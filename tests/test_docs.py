@@ -1,8 +1,12 @@
 """What is written beside the code: commands that parse, links that lead somewhere, shared text."""
 
 import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +88,16 @@ def test_what_both_scripts_need_is_the_same_text_in_both():
     assert {"CLIPReward", "load_clip", "atomic_save", "load_saved", "check", "warn"} <= shared
     for name in shared:
         assert sac[name] == ppo[name], name
+
+
+def test_the_notebook_runs_and_every_sentence_in_it_pays_its_own_pose_best(tmp_path):
+    """Its training is cut to two rounds of learning."""
+    notebook = json.loads(text_of(ROOT / "docs" / "method.ipynb"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "rounds, random_rounds, returns = 20, 4, []" in cells[-2]
+    cells[-2] = cells[-2].replace("20, 4, []", "4, 2, []")
+    cells += ["assert (cosines.argmax(1) == torch.arange(8)).all()"]
+    (tmp_path / "cells.py").write_text("\n".join(cells), encoding="utf-8")
+    environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": ""}
+    command = [sys.executable, tmp_path / "cells.py"]
+    subprocess.run(command, cwd=ROOT / "docs", env=environment, check=True)
