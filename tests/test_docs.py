@@ -98,6 +98,6 @@ def test_the_notebook_runs_and_every_sentence_in_it_pays_its_own_pose_best(tmp_p
     cells[-2] = cells[-2].replace("20, 4, []", "4, 2, []")
     cells += ["assert (cosines.argmax(1) == torch.arange(8)).all()"]
     (tmp_path / "cells.py").write_text("\n".join(cells), encoding="utf-8")
-    environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": ""}
+    environment = {**os.environ, "MPLBACKEND": "agg"}
     command = [sys.executable, tmp_path / "cells.py"]
     subprocess.run(command, cwd=ROOT / "docs", env=environment, check=True)
