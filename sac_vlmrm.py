@@ -148,9 +148,9 @@ class Args:
     tau: float = 0.005  # share by which the target critics follow at every update
     learning_rate: float = 6e-4  # of actor, critics and entropy coefficient; see anneal
     alpha: float = 0.1  # SAC's entropy coefficient at first; the paper's alpha is --clip-alpha
-    target_entropy: float = -17.0  # what alpha is tuned to; by custom minus the number of motors
+    target_entropy: float = -4.0  # what alpha is tuned to; by custom -17, minus the motors
     noise_correlation: float = 0.8  # of a robot's exploration from step to step; 0: as in SAC
-    # second half of the run: rates of actor and critics fall to a tenth, target entropy triples
+    # second half of the run: rates of actor and critics fall to a tenth, target entropy to -51
     anneal: bool = True
     normalize: bool = True  # scales of observations and rewards; LayerNorm in the hidden layers
     mirror: bool = True  # half of every batch with left and right exchanged, as if worth the same
@@ -170,7 +170,7 @@ PRESETS = {
         **BIG_G, num_envs=32, reward_batch_size=800, score_every=1, total_timesteps=10_000_000,
         learning_starts=50_000, alpha=1.0, gradient_steps=100, buffer_size=1_000_000,
         batch_size=512, hidden=256, gamma=0.95, n_step=1, eval_frequency=128_000,
-        noise_correlation=0.0, anneal=False, normalize=False, mirror=False,
+        target_entropy=-17.0, noise_correlation=0.0, anneal=False, normalize=False, mirror=False,
     ),
 }  # fmt: skip
 # flags that --resume may change
@@ -801,6 +801,8 @@ class SAC(nn.Module):
         """A round's updates, after a share `progress` of the run. Returns the last one's losses."""
         args = self.args
         late = args.anneal * max(0.0, 2 * min(progress, 1.0) - 1)  # 0 until half time, then to 1
+        # at first it explores, at the end its actions hardly differ: -3 per motor
+        target_entropy = (1 - late) * args.target_entropy - 3 * late * ACTION_DIM
         # group 1, the entropy coefficient, keeps its rate: it has to follow the falling target
         for optimizer in (self.q_optimizer, self.actor_optimizer):
             optimizer.param_groups[0]["lr"] = (1 - 0.9 * late) * args.learning_rate
@@ -808,7 +810,7 @@ class SAC(nn.Module):
             self.fit(rb)
         for batch in self.batches(rb):
             losses = self.update_critics(*batch)
-            losses |= self.update_actor(batch[0], (1 + 2 * late) * args.target_entropy)
+            losses |= self.update_actor(batch[0], target_entropy)
         return {key: value.mean().item() for key, value in losses.items()}
 
 

@@ -301,11 +301,19 @@ def test_update_of_the_actor_leaves_the_critics_alone_and_tunes_the_entropy():
 
 
 def test_annealing_starts_at_half_time():
-    """The networks' learning rates fall to a tenth; without it, and of the entropy coefficient,
-    they stay."""
+    """The networks' learning rates fall to a tenth, the target entropy to -51; without it, and of
+    the entropy coefficient, they stay."""
+
+    class Recorder(SAC):
+        def update_actor(self, obs, target_entropy):
+            targets.append(target_entropy)
+            return super().update_actor(obs, target_entropy)
+
     rb = random_buffer(2, 2)
-    for anneal, expected in ((True, [1, 1, 0.55, 0.1]), (False, [1] * 4)):
-        sac, rates = SAC(Args(gradient_steps=1, batch_size=8, anneal=anneal), "cpu"), []
+    annealed = [1, 1, 0.55, 0.1], [-4, -4, -27.5, -51]
+    for anneal, expected in ((True, annealed), (False, ([1] * 4, [-4] * 4))):
+        sac = Recorder(Args(gradient_steps=1, batch_size=8, anneal=anneal), "cpu")
+        rates, targets = [], []
         for progress in (0.1, 0.5, 0.75, 1.0):
             sac.learn(rb, progress)
             (critics,), (actor, alpha) = (
@@ -314,4 +322,4 @@ def test_annealing_starts_at_half_time():
             )
             assert critics == actor and alpha == sac.args.learning_rate
             rates.append(actor / sac.args.learning_rate)
-        assert rates == pytest.approx(expected)
+        assert rates == pytest.approx(expected[0]) and targets == pytest.approx(expected[1])
